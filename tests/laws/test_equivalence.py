@@ -1,0 +1,112 @@
+"""Laws 1 to 5 on a user's model and step: any layout is the same function; planted mistakes are caught, shrunk and named."""
+import re
+import time
+from dataclasses import replace
+from functools import partial
+
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+import xtf
+from tests import outsider
+from xtf import tree
+from xtf.parallel import fsdp, ulysses
+from xtf.parallel.collectives import local
+from xtf.testing import Layout, assert_equivalent, layouts, token_batches
+
+USER = {"specs": outsider.specs(), "opt": outsider.opt, "vocab_size": outsider.V}
+
+
+def test_any_layout_is_the_same_function():
+    assert_equivalent(outsider.step, layouts(4), examples=60, tolerance=1e-12, **USER)
+
+
+@pytest.mark.slow
+def test_any_layout_is_the_same_function_at_length():
+    assert_equivalent(outsider.step, layouts(8), examples=500, tolerance=1e-12, **USER)
+
+
+def test_microbatches_are_the_whole_batch():
+    """Law 4, with two and more packs a rank."""
+    packs = lambda layout: token_batches(outsider.V)(replace(layout, mesh=(*layout.mesh, ("dp", 2)) if "dp" not in layout.sizes else layout.mesh))
+    even = lambda layout: packs(layout).filter(lambda b: b.input_ids.shape[0] % (2 * layout.pack_ranks) == 0)
+    assert_equivalent(partial(outsider.step, k=2), layouts(4), reference=outsider.step, batches=even, examples=15, tolerance=1e-12,
+                      specs=USER["specs"], opt=USER["opt"])
+
+
+@pytest.mark.parametrize("store", [(), ("dp",)])
+def test_compiled_blocks_are_the_same_function(store):
+    """Law 5 under fullgraph compilation, with saved views and with the all-to-alls of ulysses inside the graph."""
+    assert_equivalent(outsider.step, [Layout((("dp", 2),), store, compile=True, donate=True), Layout((("sp", 2),), ("sp",) if store else (), compile=True)],
+                      batches=lambda layout: token_batches(outsider.V, max_packs=1, max_len=4)(layout), examples=2, tolerance=1e-12,
+                      specs=USER["specs"], opt=USER["opt"])
+
+
+def failure(step, drawn, **kw) -> str:
+    with pytest.raises(AssertionError) as caught:
+        assert_equivalent(step, drawn, examples=40, tolerance=1e-12, **{**USER, **kw})
+    return str(caught.value)
+
+
+def test_a_mean_of_means_shrinks_to_the_smallest_mesh_and_batch():
+    start = time.monotonic()
+    message = failure(partial(outsider.step, mean=True), layouts(4))
+    assert time.monotonic() - start < 60
+    assert re.search(r"gradient of (embed|layers\.\d)\S* differs", message), message
+    sizes = re.search(r"mesh=\((.*?)\), store", message)[1]
+    assert re.fullmatch(r"\('\w+', 2\),", sizes), f"not the smallest mesh: {sizes}"
+    packs, length = map(int, re.search(r"input_ids \((\d+), (\d+)\)", message).groups())
+    assert packs <= 2 and length <= 4, message
+
+
+def hand_gather(grad_placements):
+    """A transform that gathers by DTensor's own means in `use`; without Partial gradients the loss is right and the gradients wrong."""
+    def wrap(ops, env):
+        def gathered(p):
+            if not isinstance(p, DTensor):
+                return p
+            d = DTensor.from_local(local(p), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            d = d.redistribute(placements=[Replicate()] * p.device_mesh.ndim)
+            return d.to_local(grad_placements=[Partial()] * p.device_mesh.ndim if grad_placements else None)
+        return replace(ops, use=lambda fn, params, *args: fn(tree.tree_map(gathered, params), *args))
+    return xtf.Transform("hand_gather", 15, wrap)
+
+
+DP2 = Layout((("dp", 2),), ("dp",))
+
+
+def test_a_gather_by_hand_with_its_grad_placements_is_right():
+    assert_equivalent(outsider.step, [replace(DP2, extra=(partial(hand_gather, True),))], examples=4, **USER)
+
+
+def test_a_dropped_grad_placements_is_caught():
+    message = failure(outsider.step, [replace(DP2, extra=(partial(hand_gather, False),))])
+    assert "gradient of embed.weight" in message
+
+
+
+def test_a_missing_sum_over_sp_is_caught():
+    class Forgetful(Layout):
+        def transforms(self):
+            return fsdp("sp"), replace(ulysses("sp"), tokens=())
+    assert "differs" in failure(outsider.step, [Forgetful((("sp", 2),))])
+
+
+def test_unscaled_microbatches_are_caught():
+    even = lambda layout: token_batches(outsider.V)(layout).filter(lambda b: b.input_ids.shape[0] == 2 and b.loss_mask.sum() > 2)
+    kw = {"specs": USER["specs"], "opt": USER["opt"], "batches": even, "vocab_size": None}
+    assert "differs" in failure(partial(outsider.step, k=2, mean=True), [Layout()], reference=outsider.step, **kw)
+
+
+def test_frozen_uneven_and_tiny_leaves():
+    """Everything but the second layer frozen; widths that two ranks do not divide are in the model (V = 13)."""
+    specs = tree.map_with_path(lambda path, p: replace(p, trainable=path.startswith("layers.1")), outsider.specs())
+    assert_equivalent(outsider.step, layouts(4), examples=12, tolerance=1e-12, **{**USER, "specs": specs})
+
+
+def test_a_step_without_tokens_changes_nothing_by_the_loss():
+    def batches(layout):
+        return token_batches(outsider.V)(layout).map(lambda b: replace(b, loss_mask=torch.zeros_like(b.loss_mask)))
+    assert_equivalent(outsider.step, [DP2], batches=batches, examples=2, specs=USER["specs"], opt=USER["opt"])

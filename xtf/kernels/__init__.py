@@ -1,0 +1,21 @@
+"""Kernels: one file each, with a reference in plain torch beside the fast version."""
+import torch
+
+
+def functorch_active() -> bool:
+    """Whether a `torch.func` transform (vmap, grad, jvp, ...) is running: fast versions step aside for the references then."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def dispatch_mode_active() -> bool:
+    """Whether a mode (FlopCounterMode, FakeTensorMode, ...) is looking at operators: they are shown one that has formulas."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics are taken: float32 for anything narrower.
+
+    >>> at_least_float32(torch.bfloat16), at_least_float32(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)

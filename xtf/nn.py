@@ -1,0 +1,311 @@
+"""What dense decoders share: rotary embeddings of every scaling kind, attention and MLP, the head and its losses, counts.
+
+All are functions of a node or layer of the parameter tree; whatever concerns the machine goes through `ops`.
+
+P packs   T positions of a pack   t positions here   S documents   D hidden   H query heads   K key-value heads   d head dim
+F mlp width   V vocabulary
+"""
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+
+from xtf import tree
+from xtf.kernels import at_least_float32
+from xtf.kernels.cross_entropy import linear_cross_entropy, token_logprobs
+from xtf.kernels.rms_norm import rms_norm
+from xtf.kernels.rope import apply_rope
+from xtf.kernels.swiglu import swiglu
+from xtf.ops import Ops
+from xtf.spec import ONES, ZEROS, Normal, Param
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+
+# transformers' names for what torch has as one function; "silu" alone has a fused kernel
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish, "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+}
+
+
+# ---- rotary position embeddings -----------------------------------------------------------------------------------------------------
+
+class Rope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="default"):
+    """Rotary positions without scaling; the other kinds add fields, named as in config.json.
+
+    Source: Su et al., arXiv 2104.09864.
+    """
+    rope_theta: float = 10000.0
+
+
+class LinearRope(Rope, tag="linear"):
+    """Positions divided by `factor` (arXiv 2306.15595)."""
+    factor: float
+
+
+class DynamicRope(Rope, tag="dynamic"):
+    """NTK-aware: documents longer than `max_position_embeddings` get a larger base, by their length."""
+    factor: float
+    max_position_embeddings: Size
+
+
+class YarnRope(Rope, tag="yarn"):
+    """Slow dims interpolated, fast ones kept, a ramp between, and cos, sin scaled by `attention_factor` (arXiv 2309.00071, eq. 15 to 25)."""
+    factor: float
+    original_max_position_embeddings: Size
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class LongRope(Rope, tag="longrope"):
+    """A factor for each dim, from one of two tables: for documents up to the original length, and longer ones (arXiv 2402.13753)."""
+    factor: float
+    original_max_position_embeddings: Size
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float | None = None
+
+
+class Llama3Rope(Rope, tag="llama3"):
+    """Wavelengths beyond the original context slowed by `factor`, with a smooth passage (arXiv 2407.21783)."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: Size
+
+
+AnyRope = Rope | LinearRope | DynamicRope | YarnRope | LongRope | Llama3Rope
+
+
+def rope(kind: AnyRope, head_dim: int, positions_PT: torch.Tensor, segments_PS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [P, T, head_dim] of every position, in at least float32, once a forward.
+
+    `segments_PS` holds cumulative document lengths: kinds that depend on the length use each document's own, so that packing is
+    invisible. Frequencies are float32 numbers in any `dtype`, as they are in transformers.
+
+    >>> cos, sin = rope(Rope(), 4, torch.tensor([[0, 1, 2]]), torch.tensor([[0, 3]]), torch.float32)
+    >>> cos.shape, cos[0, 0].tolist()
+    (torch.Size([1, 3, 4]), [1.0, 1.0, 1.0, 1.0])
+    """
+    wide = at_least_float32(dtype)
+    angle = positions_PT[..., None].to(wide) * inverse_frequencies(kind, head_dim, segments_PS, positions_PT.shape[1]).to(wide)
+    scale = attention_factor(kind)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+
+
+def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor, T: int) -> torch.Tensor:
+    """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] for the kinds that depend on a document's length.
+
+    Computed on the CPU where the length plays no part: a last-digit difference in a device's pow is 1e-3 radians at position 30,000.
+    """
+    device = segments_PS.device
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    periods = kind.rope_theta ** powers
+    plain = 1.0 / periods
+    match kind:
+        case LinearRope(factor=factor):
+            return (plain / factor).to(device)
+        case DynamicRope(factor=factor, max_position_embeddings=most):
+            lengths_PT = document_lengths(segments_PS, T).float()
+            growth_PT = torch.where(lengths_PT > most, factor * lengths_PT / most - (factor - 1), 1.0)
+            theta_PT = kind.rope_theta * growth_PT ** (head_dim / (head_dim - 2))
+            return 1.0 / theta_PT[..., None] ** powers.to(device)
+        case YarnRope():
+            low, high = (yarn_dim(kind, rotations, head_dim) for rotations in (kind.beta_fast, kind.beta_slow))
+            if kind.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, head_dim - 1)
+            ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
+            keep = 1 - ramp
+            return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep).to(device)
+        case LongRope():
+            short, long = (1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * periods) for factors in (kind.short_factor, kind.long_factor))
+            longer_PT1 = (document_lengths(segments_PS, T) > kind.original_max_position_embeddings)[..., None]
+            return torch.where(longer_PT1, long.to(device), short.to(device))
+        case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original):
+            wavelength = 2 * math.pi / plain
+            smooth = (original / wavelength - low) / (high - low)
+            between = (1 - smooth) * plain / factor + smooth * plain
+            slow = torch.where(wavelength > original / low, plain / factor, between)
+            return torch.where(wavelength < original / high, plain, slow).to(device)
+        case _:
+            return plain.to(device)
+
+
+def yarn_dim(kind: YarnRope, rotations: float, head_dim: int) -> float:
+    """The (fractional) dim that turns `rotations` times within the original context."""
+    return head_dim * math.log(kind.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(kind.rope_theta))
+
+
+def attention_factor(kind: AnyRope) -> float:
+    """What cos and sin are multiplied by: 1 except for yarn and longrope.
+
+    >>> attention_factor(Rope()), attention_factor(YarnRope(factor=math.e, original_max_position_embeddings=64))
+    (1.0, 1.1)
+    """
+    match kind:
+        case YarnRope() | LongRope() if kind.attention_factor is not None:
+            return kind.attention_factor
+        case YarnRope(factor=factor):
+            gain = lambda mscale: 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+            return gain(kind.mscale) / gain(kind.mscale_all_dim) if kind.mscale and kind.mscale_all_dim else gain(1.0)
+        case LongRope(factor=factor) if factor > 1:
+            return math.sqrt(1 + math.log(factor) / math.log(kind.original_max_position_embeddings))
+        case _:
+            return 1.0
+
+
+def document_lengths(segments_PS: torch.Tensor, T: int) -> torch.Tensor:
+    """[P, T]: at each position the length of its document.
+
+    >>> document_lengths(torch.tensor([[0, 2, 5, 5]]), 5).tolist()
+    [[2, 2, 3, 3, 3]]
+    """
+    ends_PS = segments_PS[:, 1:].contiguous()
+    at_PT = torch.arange(T, dtype=ends_PS.dtype, device=ends_PS.device).expand(len(ends_PS), T).contiguous()
+    return segments_PS.diff(dim=1).gather(1, torch.searchsorted(ends_PS, at_PT, right=True))
+
+
+# ---- layers -------------------------------------------------------------------------------------------------------------------------
+
+def norm(x_PtD: torch.Tensor, node: dict, cfg: Any) -> torch.Tensor:
+    """RMSNorm over the last dim."""
+    return rms_norm(x_PtD, node["weight"], cfg.rms_norm_eps)
+
+
+def embed(node: dict, ids_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
+    """Rows of the table. As in transformers, looking up the padding token sends no gradient to its row."""
+    return F.embedding(ids_Pt, node["weight"], padding_idx=cfg.pad_token_id)
+
+
+def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
+    """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and `k_norm`.
+
+    `window`: how many tokens a query sees, itself included; None: its whole document. How many heads there are is read off the
+    products, since a transform may have split them.
+    """
+    heads = lambda name, axis: ops.linear(x_PtD, p[name], ("embed", axis)).unflatten(-1, (-1, cfg.head_dim))
+    q_PtHd, k_PtKd, v_PtKd = heads("q", "heads"), heads("k", "kv_heads"), heads("v", "kv_heads")
+    if "q_norm" in p:
+        q_PtHd, k_PtKd = norm(q_PtHd, p["q_norm"], cfg), norm(k_PtKd, p["k_norm"], cfg)
+    q_PtHd, k_PtKd = apply_rope(q_PtHd, cos_Ptd, sin_Ptd), apply_rope(k_PtKd, cos_Ptd, sin_Ptd)
+    o_PtHd = ops.name(ops.attend, "attn_out")(q_PtHd, k_PtKd, v_PtKd, segments=segments_PS, window=window)
+    return ops.linear(o_PtHd.flatten(-2), p["o"], ("heads", "embed"))
+
+
+def mlp(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    """The gated MLP of one layer `p`: down(act(gate x) * up x)."""
+    gate_PtF, up_PtF = ops.linear(x_PtD, p["gate"], ("embed", "mlp")), ops.linear(x_PtD, p["up"], ("embed", "mlp"))
+    hidden_PtF = swiglu(gate_PtF, up_PtF) if cfg.hidden_act in ("silu", "swish") else ACTIVATIONS[cfg.hidden_act](gate_PtF) * up_PtF
+    return ops.linear(hidden_PtF, p["down"], ("mlp", "embed"))
+
+
+# ---- the end: final norm, head, losses ----------------------------------------------------------------------------------------------
+# Each takes what the last layer returned. The final norm and the head are made whole together; a tied head is the embedding,
+# made whole a second time.
+
+def final_norm(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    """What the head sees."""
+    return ops.use(partial(_normed, cfg=cfg), params["norm"], x_PtD)
+
+
+def logits(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    """Logits of every position, [P, t, V]."""
+    return ops.use(partial(_logits, cfg=cfg, ops=ops), _end(params), x_PtD)
+
+
+def summed_loss(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    """The sum of weight * nll over the tokens here: one scalar, whose gradients are made in the forward pass."""
+    return ops.use(partial(_summed_loss, cfg=cfg), _end(params), x_PtD, labels_Pt, weights_Pt)
+
+
+def token_nll(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    """-log p(label) of every token here, [P, t]."""
+    return ops.use(partial(_token_nll, cfg=cfg), _end(params), x_PtD, labels_Pt)
+
+
+def _end(params: dict) -> dict:
+    return {"norm": params["norm"], "head": params["head"] if "head" in params else params["embed"]}
+
+
+def _normed(node: dict, x_PtD: torch.Tensor, cfg: Any) -> torch.Tensor:
+    return norm(x_PtD, node, cfg)
+
+
+def _logits(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+    return ops.linear(norm(x_PtD, p["norm"], cfg), p["head"], ("embed", "vocab"))
+
+
+def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
+    return linear_cross_entropy(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())[0]
+
+
+def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
+    return -token_logprobs(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)
+
+
+# ---- descriptions -------------------------------------------------------------------------------------------------------------------
+
+def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False) -> dict:
+    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names.
+
+    >>> cfg = msgspec.defstruct("Config", ["initializer_range"])(0.02)
+    >>> sorted(product(8, 4, ("mlp", "embed"), cfg, torch.float32, bias=True))
+    ['bias', 'weight']
+    """
+    weight = {"weight": Param((num_out, num_in), dtype, axes, Normal(cfg.initializer_range))}
+    return weight | {"bias": Param((num_out,), dtype, axes[:1], ZEROS)} if bias else weight
+
+
+def scale(size: int, axis: str, dtype: torch.dtype) -> dict:
+    """The node of an RMSNorm."""
+    return {"weight": Param((size,), dtype, (axis,), ONES)}
+
+
+def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, str]:
+    """Expand a name table over a spec tree: every leaf's path to its Hugging Face name.
+
+    Rows map a node's path to a module's name, with `{i}` for the layer in both; a node's members (weight, bias) keep their names.
+    Raises KeyError if the tree has a node that the table lacks.
+
+    >>> hf_names((("layers.{i}.q", "model.layers.{i}.self_attn.q_proj"),), {"layers": [{"q": {"weight": 0, "bias": 0}}]})
+    {'layers.0.q.weight': 'model.layers.0.self_attn.q_proj.weight', 'layers.0.q.bias': 'model.layers.0.self_attn.q_proj.bias'}
+    """
+    to_hf, names = dict(table), {}
+    for path, _ in tree.flatten_with_path(specs):
+        parts = path.split(".")
+        layer = next((part for part in parts if part.isdigit()), "")
+        node = ".".join("{i}" if part.isdigit() else part for part in parts[:-1])
+        if node not in to_hf:
+            raise KeyError(f"hf_names: no row for `{node}` (leaf {path}); add it to the family's table")
+        names[path] = f"{to_hf[node]}.{parts[-1]}".replace("{i}", layer)
+    return names
+
+
+def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
+    """Forward FLOPs of documents of these lengths; forward and backward are 3 times as many.
+
+    2 × (weights that multiply, head included, embedding lookup not) × tokens + Σ over layers of 4 × H × d × pairs, where pairs counts
+    the keys that each query sees: l (l + 1) / 2 in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l.
+    Norms, rope, activations and biases are not counted.
+    """
+    weights = sum(math.prod(p.shape) for path, p in tree.flatten_with_path(specs) if path.endswith(".weight") and len(p.shape) == 2 and path != "embed.weight")
+    if "head" not in specs:
+        weights += math.prod(specs["embed"]["weight"].shape)
+    pairs = sum(_pairs(length, window) for window in windows for length in lengths)
+    return float(2 * weights * sum(lengths) + 4 * cfg.num_attention_heads * cfg.head_dim * pairs)
+
+
+def _pairs(length: int, window: int | None) -> int:
+    w = length if window is None else min(window, length)
+    return w * (w + 1) // 2 + (length - w) * w

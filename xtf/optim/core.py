@@ -1,0 +1,126 @@
+"""What every optimizer shares: the pair, `chain`, clipping, and adding the updates to the parameters."""
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from xtf import tree
+from xtf.ops import LOCAL, Ops
+from xtf.parallel.collectives import like, local
+
+
+class Init(Protocol):
+    def __call__(self, params: tree.Tree) -> tree.Tree: ...
+
+
+class Update(Protocol):
+    def __call__(self, grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]: ...
+
+
+class Optimizer(NamedTuple):
+    """A pair of pure functions, as in optax.
+
+    init(params) -> state: a tree of tensors; each moment has its parameter's placement, and is None at a frozen leaf.
+    update(grads, state, params, ops) -> (updates, state): what to add to the parameters; None at leaves without gradient.
+        It may overwrite `grads` (updates live in their memory), and the old state and parameters only if `ops.donate`.
+
+    >>> sgd = Optimizer(lambda params: (), lambda grads, state, params, ops=LOCAL: (tree.tree_map(lambda g: -0.1 * g, grads), state))
+    >>> updates, _ = sgd.update({"w": torch.ones(2)}, sgd.init({}), {"w": torch.zeros(2)})
+    >>> updates["w"].tolist() == torch.full((2,), -0.1).tolist()
+    True
+    """
+    init: Init
+    update: Update
+
+
+def chain(*txs: Optimizer) -> Optimizer:
+    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs.
+
+    >>> tx = chain(clip_by_global_norm(1.0))
+    >>> params = {"w": torch.zeros(2, requires_grad=True)}
+    >>> updates, (clip,) = tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params), params)
+    >>> [round(u, 3) for u in updates["w"].tolist()], clip["norm"].item()
+    ([0.6, 0.8], 5.0)
+    """
+    def init(params: tree.Tree) -> tree.Tree:
+        return tuple(tx.init(params) for tx in txs)
+
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
+        states = []
+        for tx, old in zip(txs, state, strict=True):
+            grads, new = tx.update(grads, old, params, ops)
+            states.append(new)
+        return grads, tuple(states)
+    return Optimizer(init, update)
+
+
+def clip_by_global_norm(max_norm: float) -> Optimizer:
+    """Scale all gradients by `min(1, max_norm / norm)`, with the 2-norm over every stored element of every rank, counted once.
+
+    The norm before clipping is left in the state, `{"norm": float64 scalar}`, for the step to report; nothing waits for it.
+    `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN.
+
+    Raises ValueError if `max_norm` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm}")
+
+    def init(params: tree.Tree) -> tree.Tree:
+        device = next((p.device for p in tree.leaves(params)), "cpu")
+        return {"norm": torch.zeros((), dtype=torch.float64, device=device)}
+
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
+        norm = ops.norm(grads).double()
+        stored, treedef = tree.flatten(grads)
+        taken = Taken()
+        parts = [None if g is None else taken.own(local(g)) for g in stored]
+        present = [x for x in parts if x is not None]
+        if present:
+            torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
+        return tree.unflatten([None if x is None else like(x, g) for x, g in zip(parts, stored, strict=True)], treedef), {"norm": norm}
+    return Optimizer(init, update)
+
+
+class Taken:
+    """Which memory the gradients seen so far occupy. Autograd may return one tensor, or overlapping views, for several leaves
+    (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
+
+    def __init__(self):
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+
+    def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
+        dtype = dtype or g.dtype
+        if g.dtype == dtype and g.is_contiguous():
+            start = g.data_ptr()
+            end = start + g.nbytes
+            spans = self.spans.setdefault(g.untyped_storage().data_ptr(), [])
+            if not any(start < e and s < end for s, e in spans):
+                spans.append((start, end))
+                return g
+        return g.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -> tree.Tree:
+    """`params + updates`: each leaf keeps its dtype (the sum is rounded once), placement and `requires_grad`.
+
+    Fresh leaves, or the memory of the old ones if `donate`. A leaf whose update is None is returned as it is.
+
+    Raises ValueError if the trees differ in structure.
+
+    >>> apply_updates({"w": torch.ones(2), "frozen": torch.ones(1)}, {"w": torch.full((2,), -0.5), "frozen": None})
+    {'w': tensor([0.5000, 0.5000]), 'frozen': tensor([1.])}
+    """
+    (stored, treedef), (deltas, other) = tree.flatten(params), tree.flatten(updates)
+    if treedef != other:
+        raise ValueError(f"apply_updates: updates have another structure than params:\n{other}\n{treedef}")
+    moved = [i for i, u in enumerate(deltas) if u is not None]
+    old, add = [local(stored[i]).detach() for i in moved], [local(deltas[i]) for i in moved]
+    if not moved:
+        return params
+    if donate:
+        torch._foreach_add_(old, add)
+    new = old if donate else torch._foreach_add(old, add)
+    for i, x, was in zip(moved, new, old, strict=True):
+        stored[i] = like(x.to(was.dtype), stored[i]).requires_grad_(stored[i].requires_grad)
+    return tree.unflatten(stored, treedef)

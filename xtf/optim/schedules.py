@@ -1,0 +1,60 @@
+"""Schedules: functions from the number of steps done, an int64 scalar tensor, to the learning rate, a float64 scalar tensor.
+
+All rise linearly over the first `warmup` (a fraction of `steps`, W steps), so that step t of these takes `peak (t + 1) / (W + 1)`: no
+step is without effect. Then they fall from `peak` at step W towards `final * peak` at step `steps`, and stay there.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+
+Schedule = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cosine(peak: float, steps: int, warmup: float = 0.0, final: float = 0.1) -> Schedule:
+    """Half a cosine from `peak` down to `final * peak`.
+
+    With progress s = (t - W) / (steps - W): peak * (final + (1 - final) (1 + cos(pi s)) / 2). Loshchilov and Hutter, SGDR, 2017, equation 5.
+
+    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+
+    >>> lr = cosine(1.0, steps=10, warmup=0.2, final=0.0)
+    >>> [round(float(lr(torch.tensor(t))), 3) for t in (0, 1, 2, 6, 10)]
+    [0.333, 0.667, 1.0, 0.5, 0.0]
+    """
+    return _schedule("cosine", peak, steps, warmup, lambda s: final + (1 - final) * (1 + torch.cos(math.pi * s)) / 2)
+
+
+def linear(peak: float, steps: int, warmup: float = 0.0, final: float = 0.0) -> Schedule:
+    """A straight line from `peak` down to `final * peak`: with s as in `cosine`, peak * (1 - (1 - final) s).
+
+    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+
+    >>> lr = linear(1.0, steps=4)
+    >>> [float(lr(torch.tensor(t))) for t in range(6)]
+    [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    return _schedule("linear", peak, steps, warmup, lambda s: 1 - (1 - final) * s)
+
+
+def constant(peak: float, steps: int = 1, warmup: float = 0.0) -> Schedule:
+    """`peak`, after a warm-up over the first `warmup * steps` steps if there is one.
+
+    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+
+    >>> float(constant(0.5)(torch.tensor(7)))
+    0.5
+    """
+    return _schedule("constant", peak, steps, warmup, torch.ones_like)
+
+
+def _schedule(name: str, peak: float, steps: int, warmup: float, fall: Callable[[torch.Tensor], torch.Tensor]) -> Schedule:
+    if steps < 1 or not 0 <= warmup <= 1:
+        raise ValueError(f"{name}: steps must be at least 1 and warmup a fraction of them in [0, 1]; got steps={steps}, warmup={warmup}")
+    rise = round(warmup * steps)
+
+    def schedule(step: torch.Tensor) -> torch.Tensor:
+        t = step.double()
+        s = ((t - rise) / max(steps - rise, 1)).clamp(0, 1)
+        return peak * ((t + 1) / (rise + 1)).clamp(max=1) * fall(s)
+    return schedule

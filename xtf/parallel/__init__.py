@@ -1,0 +1,6 @@
+"""Mesh transforms, and the only code that moves data between ranks."""
+from xtf.parallel.fsdp import fsdp
+from xtf.parallel.mesh import mesh
+from xtf.parallel.ulysses import ulysses
+
+__all__ = ["fsdp", "mesh", "ulysses"]

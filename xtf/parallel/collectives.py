@@ -1,0 +1,131 @@
+"""The only home of raw collectives and of the door between DTensors and their local parts.
+
+Collectives that stand inside blocks (`all_sum`, `all_to_all`) are custom ops with registered adjoints, so that a block with them
+compiles into one graph. Those that the fsdp schedule starts and awaits by hand (`gather_start`, `scatter_start`) return a work
+handle. `record()` lists every collective started within it, with its bytes.
+"""
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+
+
+def local(t: Any) -> Any:
+    """A DTensor's part on this rank; anything else as it is."""
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+def like(t: torch.Tensor, stored: Any) -> torch.Tensor:
+    """`t`, this rank's part, dressed as `stored` is: a DTensor of the same placement, or plain."""
+    return DTensor(t, stored._spec, requires_grad=t.requires_grad) if isinstance(stored, DTensor) else t  # pyright: ignore
+
+
+class Sent(NamedTuple):
+    """One collective as `record` saw it: what, over how many ranks, and the bytes that this rank sends to others.
+
+    all_gather and reduce_scatter: (W - 1) × a shard's bytes. all_reduce: 2 (W - 1) / W × the tensor's bytes (ring).
+    all_to_all: (W - 1) / W × the tensor's bytes.
+    """
+    kind: str
+    ranks: int
+    bytes: int
+
+
+_records: list[list[Sent]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Sent]]:
+    """Collect every collective that this process starts within the block.
+
+    >>> with record() as sent:
+    ...     pass
+    >>> sent
+    []
+    """
+    sent: list[Sent] = []
+    _records.append(sent)
+    try:
+        yield sent
+    finally:
+        _records.remove(sent)
+
+
+# torch 2.13 renamed both; 2.11 has the old names alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _note(kind: str, group: dist.ProcessGroup, nbytes: int) -> None:
+    for sent in _records:
+        sent.append(Sent(kind, group.size(), nbytes))
+
+
+def _nbytes(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+class Group(NamedTuple):
+    """The process groups of some mesh axes taken as one: `name` for blocks, `reduce` a second one so that reductions never queue
+    behind gathers."""
+    size: int
+    rank: int
+    pg: dist.ProcessGroup
+    reduce: dist.ProcessGroup
+
+    @property
+    def name(self) -> str:
+        return self.pg.group_name
+
+
+def gather_start(out: torch.Tensor, part: torch.Tensor, group: Group) -> Any:
+    """Start an all-gather of `part` into `out` (flat, W times as long); returns the work to wait for."""
+    _note("all_gather", group.pg, (group.size - 1) * _nbytes(part))
+    return _all_gather(out, part, group=group.pg, async_op=True)
+
+
+def scatter_start(out: torch.Tensor, whole: torch.Tensor, group: Group) -> Any:
+    """Start a reduce-scatter (sum) of `whole` into `out`; returns the work to wait for."""
+    _note("reduce_scatter", group.reduce, (group.size - 1) * _nbytes(out))
+    return _reduce_scatter(out, whole, group=group.reduce, async_op=True)
+
+
+def sum_(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """All-reduce in place, no gradient."""
+    _note("all_reduce", group.pg, 2 * (group.size - 1) * _nbytes(x) // group.size)
+    dist.all_reduce(x, group=group.pg)
+    return x
+
+
+@torch.library.custom_op("xtf::all_sum", mutates_args=())
+def all_sum(x: torch.Tensor, group: str) -> torch.Tensor:
+    """The sum over a group, by name; its adjoint is the same sum."""
+    pg = _resolve_process_group(group)  # pyright: ignore
+    out = x.clone(memory_format=torch.contiguous_format)
+    _note("all_reduce", pg, 2 * (pg.size() - 1) * _nbytes(out) // pg.size())
+    dist.all_reduce(out, group=pg)
+    return out
+
+
+@torch.library.custom_op("xtf::all_to_all", mutates_args=())
+def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
+    """Chunk r of dim 0 to rank r, and theirs in the same order; its own adjoint."""
+    pg = _resolve_process_group(group)  # pyright: ignore
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _note("all_to_all", pg, (pg.size() - 1) * _nbytes(x) // pg.size())
+    dist.all_to_all_single(out, x, group=pg)
+    return out
+
+
+def _keep_group(ctx, inputs, output):
+    ctx.group = inputs[1]
+
+
+for _op in (all_sum, all_to_all):
+    _op.register_fake(lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format))
+    _op.register_autograd(lambda ctx, grad, op=_op: (op(grad, ctx.group), None), setup_context=_keep_group)

@@ -1,0 +1,125 @@
+"""Meshes: named axes over ranks, and the process groups of any set of them taken as one."""
+import math
+import weakref
+
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from xtf import device
+from xtf.layout import AXES
+from xtf.parallel.collectives import Group
+
+
+def mesh(**sizes: int) -> DeviceMesh | None:
+    """The mesh with these axes: `replicate`, `dp` and `ep` divide packs, `sp` is for `ulysses`; other names are for your transforms.
+
+    Ranks are numbered with `sp` fastest. Without torch.distributed, where every size is 1, it is None: one process.
+
+    Raises ValueError if the sizes do not multiply to the number of ranks.
+
+    >>> mesh(dp=1) is None
+    True
+    """
+    bad = {k: v for k, v in sizes.items() if not isinstance(v, int) or v < 1}
+    if bad:
+        raise ValueError(f"mesh: sizes must be positive integers, got {bad}")
+    sizes = {a: sizes[a] for a in (*(a for a in AXES if a in sizes), *(a for a in sizes if a not in AXES))}
+    need = math.prod(sizes.values())
+    if not dist.is_initialized():
+        if need > 1:
+            raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks but torch.distributed is not initialised; start with torchrun --nproc_per_node {need}")
+        return None
+    if need != dist.get_world_size():
+        raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks, but {dist.get_world_size()} were started; "
+                         "make the sizes multiply to the number of ranks")
+    return init_device_mesh(device.device().type, tuple(sizes.values()) or (1,), mesh_dim_names=tuple(sizes) or ("dp",))
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in sizes.items()) or "no axes"
+
+
+def size(m: DeviceMesh | None, axis: str) -> int:
+    """How many ranks an axis has; 1 where the mesh does not name it."""
+    return m.size(_names(m).index(axis)) if m is not None and axis in _names(m) else 1
+
+
+def rank(m: DeviceMesh | None, axis: str) -> int:
+    """This rank's place along an axis; 0 where the mesh does not name it."""
+    return m.get_local_rank(axis) if m is not None and axis in _names(m) else 0
+
+
+def _names(m: DeviceMesh) -> tuple[str, ...]:
+    return m.mesh_dim_names or ()
+
+
+# Keyed weakly by the mesh: making a group is itself a collective, so each set of axes is flattened once.
+_flat: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def flattened(m: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
+    """The same ranks with `axes` flattened into one leading axis "store", the others behind it in their order."""
+    cache = _flat.setdefault(m, {})
+    if axes not in cache:
+        names = _names(m)
+        rest = [n for n in names if n not in axes]
+        ranks = m.mesh.permute([names.index(n) for n in (*axes, *rest)])
+        ranks = ranks.reshape(-1, *[size(m, n) for n in rest])
+        cache[axes] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
+    return cache[axes]
+
+
+def group(m: DeviceMesh, axes: tuple[str, ...]) -> Group:
+    """The process groups over `axes` taken as one (made on first use, on every rank in the same order)."""
+    return group_of(flattened(m, tuple(a for a in axes if a in _names(m))))
+
+
+def group_of(flat: DeviceMesh) -> Group:
+    """The process groups of the first axis of a mesh that `flattened` made: a DTensor leaf carries its own."""
+    if flat not in _groups:
+        pg = reduce = flat.get_group(0)
+        if flat.device_type != "cpu":                 # NCCL runs one group's collectives in order: a second group, its own stream
+            lines = flat.mesh.reshape(flat.size(0), -1).T.tolist()
+            made = [dist.new_group(ranks) for ranks in lines]
+            reduce = next(g for g, ranks in zip(made, lines, strict=True) if dist.get_rank() in ranks)
+        _groups[flat] = Group(flat.size(0), flat.get_local_rank(0), pg, reduce)
+    return _groups[flat]
+
+
+def world(m: DeviceMesh) -> Group:
+    """All ranks of the mesh as one group."""
+    return group(m, _names(m))
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def describe(m: DeviceMesh | None) -> str:
+    """`dp=2, sp=2`, or `one process`.
+
+    >>> describe(None)
+    'one process'
+    """
+    return "one process" if m is None else _text({n: size(m, n) for n in _names(m)})
+
+
+def barrier() -> None:
+    """Wait for all ranks, where there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast(value: object) -> object:
+    """Rank 0's picklable value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+__all__ = ["barrier", "broadcast", "describe", "flattened", "group", "is_main", "mesh", "rank", "size", "world"]

@@ -1,0 +1,191 @@
+"""`shard`: a fold over transforms. Specs, claims and `Ops` go in, a step with the signature of the plain one comes out."""
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from xtf import tree
+from xtf.layout import AXES, Place
+from xtf.ops import LOCAL, Ops, scan_with
+from xtf.parallel import collectives as C
+from xtf.parallel import mesh as M
+from xtf.parallel.collectives import local
+
+PACKS = ("replicate", "dp", "ep")               # a fact of the mesh: ranks that differ in these hold different packs
+
+
+@dataclass(frozen=True)
+class Env:
+    """What a transform's `wrap` may know: the mesh, the token axes, the layout, and the dtype that a leaf computes in."""
+    mesh: DeviceMesh | None
+    tokens: tuple[str, ...]
+    layout: Any
+    cast: Callable[[torch.Tensor], torch.dtype]
+
+    def size(self, axis: str) -> int:
+        """Ranks along an axis, 1 where the mesh does not name it."""
+        return M.size(self.mesh, axis)
+
+    def rank(self, axis: str) -> int:
+        """This rank's index along an axis."""
+        return M.rank(self.mesh, axis)
+
+    def group(self, *axes: str) -> C.Group:
+        """The process group over these axes taken as one."""
+        assert self.mesh is not None
+        return M.group(self.mesh, axes)
+
+
+def _unchanged(x: Any, *_: Any) -> Any:
+    return x
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A placement rule plus a wrapper of `Ops`. Everything but name and stage has a neutral default.
+
+    wrap(ops, env) -> ops; specs(specs) -> specs; claim(param) -> {mesh axis: tensor dim} that it computes over;
+    store: mesh axes it stores leaves over; tokens: mesh axes along which it divides positions; partial(param) -> mesh axes along
+    which a whole leaf still sees different work; cast(leaf) -> the dtype it computes in, or None; step(run) -> run wraps the step.
+    `shard` applies transforms by ascending stage: 0 precision, 10 storage, 20 sequence, 30 weights, 40 remat, 50 jit.
+    """
+    name: str
+    stage: int
+    wrap: Callable[[Ops, Env], Ops] = _unchanged
+    specs: Callable[[tree.Tree], tree.Tree] = _unchanged
+    claim: Callable[[Any], dict[str, int]] = lambda p: {}
+    store: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+    partial: Callable[[Any], tuple[str, ...]] = lambda p: ()
+    cast: Callable[[torch.Tensor], torch.dtype | None] | None = None
+    step: Callable[[Callable], Callable] = _unchanged
+
+
+def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None, specs: tree.Tree) -> Callable:
+    """The step on a layout: `run(state, batch)` computes what `step(state, batch)` computes (law 1).
+
+    Transforms may come in any order. The result has `.specs` (after the transforms), `.layout` (a tree of `Place`, None without a
+    mesh), `.ops` (what the step is given) and `.mesh`. State leaves are DTensors placed by `.layout` (`xtf.init`, `xtf.hf.load`);
+    the batch is what this rank's loader gives (`xtf.data.cut`).
+
+    Raises ValueError for a transform given twice, an axis that the mesh does not know, or two claims on one axis or dim of a leaf.
+    """
+    transforms = tuple(sorted(transforms, key=lambda t: t.stage))
+    names = [t.name for t in transforms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"shard: transforms {sorted(n for n in set(names) if names.count(n) > 1)} were given twice; give each once, with all its axes")
+    for t in transforms:
+        for axis in (*t.store, *t.tokens):
+            if axis not in AXES and axis not in (mesh.mesh_dim_names or () if mesh is not None else ()):
+                raise ValueError(f"shard: {t.name} names axis {axis!r}, but the mesh is {M.describe(mesh)}; known axes are {', '.join(AXES)}")
+        specs = t.specs(specs)
+    tokens = tuple(a for a in (mesh.mesh_dim_names or () if mesh is not None else ()) if M.size(mesh, a) > 1 and (a in PACKS or any(a in t.tokens for t in transforms)))
+    layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
+    env = Env(mesh, tokens, layout, functools.partial(_cast, tuple(t.cast for t in transforms if t.cast)))
+    ops = base_ops(env, transforms)
+    for t in transforms:
+        ops = t.wrap(ops, env)
+    run = functools.partial(step, ops=ops)
+    for t in transforms:
+        run = t.step(run)
+    wrapped = functools.wraps(step)(lambda state, batch: run(state, batch))
+    wrapped.__dict__.update(ops=ops, specs=specs, layout=layout, mesh=mesh, transforms=transforms)
+    return wrapped
+
+
+def _cast(rules: tuple, leaf: torch.Tensor) -> torch.dtype:
+    for rule in rules:
+        dtype = rule(leaf)
+        if dtype is not None:
+            return dtype
+    return leaf.dtype
+
+
+def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh, tokens: tuple[str, ...]) -> Place:
+    """Where one leaf lives. A compute claim on an axis beats a storage claim; storage takes the first dim that its ranks divide,
+    else the largest (dim 0 gathers without a copy)."""
+    claims: dict[str, tuple[int, str]] = {}
+    for t in transforms:
+        for axis, dim in t.claim(p).items():
+            if M.size(mesh, axis) == 1:
+                continue
+            clash = claims.get(axis) or next(((d, n) for d, n in claims.values() if d == dim), None)
+            if clash:
+                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} and {clash[1]} both claim "
+                                 f"{f'mesh axis {axis!r}' if axis in claims else f'dim {p.axes[dim]!r}'}; drop one of them for this leaf")
+            if p.shape[dim] % M.size(mesh, axis):
+                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} splits {p.axes[dim]!r} of {p.shape[dim]} over {axis}={M.size(mesh, axis)}, which does not divide it")
+            claims[axis] = dim, t.name
+    taken = {dim for dim, _ in claims.values()}
+    free = [d for d in range(len(p.shape)) if d not in taken]
+    store = tuple(a for a in (mesh.mesh_dim_names or ()) if M.size(mesh, a) > 1 and a not in claims and any(a in t.store for t in transforms))
+    if not free:
+        store = ()
+    m = M.flattened(mesh, store)
+    placements: list[Any] = [Shard(claims[n][0]) if n in claims else Replicate() for n in (m.mesh_dim_names or ())]
+    if store:
+        ranks = m.size(0)
+        placements[0] = Shard(next((d for d in free if p.shape[d] % ranks == 0), max(free, key=lambda d: p.shape[d])))
+    partial = {a for t in transforms for a in t.partial(p)}
+    differ = [a for a in (mesh.mesh_dim_names or ()) if M.size(mesh, a) > 1 and (a in tokens or a in partial)]
+    return Place(m, tuple(placements), store, sums=tuple(a for a in differ if a not in store and a not in claims),
+                 copies=math.prod(M.size(mesh, a) for a in store if a not in differ))
+
+
+def base_ops(env: Env, transforms: tuple[Transform, ...]) -> Ops:
+    """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are summed."""
+    def whole(params: tree.Tree) -> tree.Tree:
+        return tree.tree_map(lambda p: computed(p, env), params)
+    ops = replace(LOCAL, use=lambda fn, params, *args: fn(whole(params), *args), scan=functools.partial(scan_with, whole))
+    if env.mesh is None:
+        return ops
+    mesh = env.mesh
+    same_pack_axes = tuple(a for a in env.tokens if a not in PACKS)
+    places = tree.leaves(env.layout)
+
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return C.all_sum(x, env.group(*env.tokens).name) if env.tokens else x
+
+    def same_packs(x: torch.Tensor) -> torch.Tensor:
+        return C.sum_(x.detach().clone(), env.group(*same_pack_axes)) if same_pack_axes else x.detach()
+
+    def norm(grads: tree.Tree) -> torch.Tensor:
+        present = [g for g in tree.leaves(grads) if g is not None]
+        copies = [math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate()) if isinstance(g, DTensor) else mesh.size()
+                  for g in present]
+        wide = [local(g) if g.dtype.itemsize >= 4 else local(g).float() for g in present]
+        squares = torch.stack([n.double() for n in torch._foreach_norm(wide)]).square()
+        share = (squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)).sum()
+        return C.sum_(share, M.world(mesh)).sqrt()
+
+    def collect(grads: list, leaves: list) -> list:
+        if len(grads) != len(places):
+            raise ValueError(f"value_and_grad: {len(grads)} parameters were passed, the layout has {len(places)}; differentiate the whole tree (freeze leaves in the specs instead)")
+        jobs: dict[tuple, list[int]] = {}
+        for i, (x, place) in enumerate(zip(leaves, places, strict=True)):
+            if x.requires_grad:
+                if grads[i] is None:
+                    grads[i] = torch.zeros_like(x)
+                if place.copies > 1:
+                    grads[i] = grads[i] / place.copies
+                if place.sums:
+                    jobs.setdefault((place.sums, grads[i].dtype), []).append(i)
+        for (axes, _), members in jobs.items():                     # one message for all leaves that are whole over the same axes
+            flat = C.sum_(torch.cat([grads[i].reshape(-1) for i in members]), env.group(*axes))
+            for i, part in zip(members, flat.split([grads[i].numel() for i in members]), strict=True):
+                grads[i] = part.view_as(grads[i])
+        return grads
+
+    return replace(ops, total=total, same_packs=same_packs, norm=norm, collect=collect,
+                   whole=lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf)
+
+
+def computed(p: torch.Tensor, env: Env) -> torch.Tensor:
+    """A leaf that is whole on this rank, as the model sees it: unwrapped, in its compute dtype."""
+    x = local(p)
+    return x.to(env.cast(x))

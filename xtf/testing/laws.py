@@ -1,0 +1,240 @@
+"""`assert_equivalent`: whatever the layout, a step computes the same function.
+
+hypothesis draws a layout and a ragged batch; the step runs on one process and, sharded, on real ranks; all gradients and the
+updated parameters are compared. A failure shrinks to the smallest mesh and batch, and names the leaf.
+"""
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
+
+from xtf import tree
+from xtf.data.batch import Batch, cut
+from xtf.layout import AXES
+from xtf.ops import Ops
+from xtf.parallel.fsdp import fsdp
+from xtf.parallel.mesh import mesh as make_mesh
+from xtf.parallel.ulysses import ulysses
+from xtf.shard import Env, Transform, shard
+from xtf.spec import init
+from xtf.state import TrainState
+from xtf.testing.pool import pool
+from xtf.transforms import jit, remat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the transforms on it, as plain values, so that a failing one prints as what to type.
+
+    `store` are fsdp's axes (empty: no fsdp); `remat` is None, or the labels kept (empty: whole blocks recomputed); `extra` are
+    functions that return further transforms; `reverse` passes all transforms in the opposite order.
+    """
+    mesh: tuple[tuple[str, int], ...] = ()
+    store: tuple[str, ...] = ()
+    reshard: bool = True
+    remat: tuple[str, ...] | None = None
+    compile: bool = False
+    donate: bool = False
+    extra: tuple[Callable[[], Transform], ...] = ()
+    reverse: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.mesh)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def pack_ranks(self) -> int:
+        """How many ranks hold different packs."""
+        return math.prod(n for a, n in self.mesh if a != "sp" and a in AXES)
+
+    def transforms(self) -> tuple[Transform, ...]:
+        """The transforms to pass to `shard`."""
+        out = [f() for f in self.extra]
+        if self.store:
+            out.append(fsdp(*self.store, reshard=self.reshard))
+        if self.sizes.get("sp", 1) > 1:
+            out.append(ulysses("sp"))
+        if self.remat is not None:
+            out.append(remat(*self.remat))
+        if self.compile or self.donate:
+            out.append(jit(compile=self.compile, donate=self.donate))
+        return tuple(reversed(out)) if self.reverse else tuple(out)
+
+
+def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str] = ("attn_out",), compile: bool = False,
+            max_sp: int = 4) -> st.SearchStrategy[Layout]:
+    """Meshes over `axes` with at most `max_ranks` ranks (a power of two), any storage axes, remat and order of transforms.
+
+    `max_sp` bounds `sp`, which has to divide the model's query heads. Shrinks towards one process.
+    """
+    @st.composite
+    def draw(d: Any) -> Layout:
+        ranks = d(st.sampled_from([2 ** i for i in range(max_ranks.bit_length()) if 2 ** i <= max_ranks]))
+        sizes = dict.fromkeys(axes, 1)
+        while math.prod(sizes.values()) < ranks:
+            axis = d(st.sampled_from([a for a in axes if a != "sp" or sizes[a] * 2 <= max_sp]))
+            sizes[axis] *= 2
+        used = [a for a in axes if sizes[a] > 1]
+        store = tuple(a for a in used if a != "replicate" and d(st.booleans()))
+        return Layout(tuple((a, sizes[a]) for a in used), store, reshard=not (store and d(st.booleans())),
+                      remat=d(st.sampled_from([None, (), *((label,) for label in labels)])),
+                      compile=compile and d(st.booleans()), donate=d(st.booleans()), reverse=d(st.booleans()))
+    return draw()
+
+
+def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8) -> Callable[[Layout], st.SearchStrategy[Batch]]:
+    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks.
+
+    Packs are at most `max_packs` for each rank that holds other packs, their length at most `max_len` times `sp`.
+    """
+    def strategy(layout: Layout) -> st.SearchStrategy[Batch]:
+        @st.composite
+        def draw(d: Any) -> Batch:
+            P = layout.pack_ranks * d(st.integers(1, max_packs))
+            T = layout.sizes.get("sp", 1) * d(st.integers(1, max_len))
+            ends = [sorted({T, *d(st.lists(st.integers(1, T), max_size=3))}) for _ in range(P)]
+            g = torch.Generator().manual_seed(d(st.integers(0, 2 ** 16)))
+            segments = torch.tensor([[0, *e, *[T] * (4 - len(e))] for e in ends], dtype=torch.int32)
+            position = torch.arange(T).expand(P, T)
+            start = torch.stack([torch.tensor([0, *e])[torch.searchsorted(torch.tensor(e), torch.arange(T), right=True)] for e in ends])
+            return Batch(input_ids=torch.randint(vocab_size, (P, T), generator=g), labels=torch.randint(vocab_size, (P, T), generator=g),
+                         loss_mask=(torch.rand(P, T, generator=g) < 0.8).float(), positions=position - start, segments=segments)
+        return draw()
+    return strategy
+
+
+@dataclass
+class Equivalence:
+    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and where."""
+    loss: float
+    grad: float
+    grad_leaf: str
+    param: float
+    param_leaf: str
+
+
+def spy(seen: list) -> Transform:
+    """A transform that adds every gradient that `value_and_grad` collects to `seen[0]` (local parts)."""
+    def wrap(ops: Ops, env: Env) -> Ops:
+        def collect(grads: list, leaves: list) -> list:
+            out = ops.collect(grads, leaves)
+            # a copy: the optimizer may overwrite gradients
+            copies = [None if g is None else g.clone() for g in out]
+            seen[:] = [[a if b is None else b if a is None else a + b for a, b in zip(seen[0], copies, strict=True)]] if seen else [copies]
+            return out
+        return replace(ops, collect=collect)
+    return Transform("spy", 99, wrap)
+
+
+shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))      # making groups takes longer than an example
+
+
+def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int) -> tuple | None:
+    """On every rank: the first step's gradients and loss, and the parameters after `steps` steps, whole, on rank 0."""
+    m = shared_mesh(layout.mesh)
+    seen: list = []
+    run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
+    params = init(run.specs, seed, run.layout)
+    state, first = TrainState.create(params, opt.init(params), seed=seed), None
+    for _ in range(steps):
+        state, metrics = run(state, cut(batch, m))
+        if first is None:
+            dressed = seen[0] if m is None else [None if g is None else place.from_local(g, p.shape) for g, p, place in
+                                                 zip(seen[0], tree.leaves(run.specs), tree.leaves(run.layout), strict=True)]
+            first = [None if g is None else whole(g) for g in dressed], whole(metrics["loss"])
+        seen.clear()
+    final = [whole(p) for p in tree.leaves(state.params)]
+    return (*first, final) if m is None or m.get_rank() == 0 else None  # pyright: ignore
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """A detached whole tensor on the CPU, whatever holds it."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+
+
+def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt: Any, seed: int = 0, steps: int = 2,
+            reference: Callable | None = None) -> Equivalence:
+    """Run `reference` (by default `step`) on one process and `step` on `layout`, and say how far apart they are."""
+    one: list = []
+    base = shard(reference or step, spy(one), *(f() for f in layout.extra if f().stage == 30), specs=specs)       # adapters change the function: both have them
+    params = init(base.specs, seed)
+    state, grads, loss = TrainState.create(params, opt.init(params), seed=seed), None, None
+    for _ in range(steps):
+        state, metrics = base(state, batch)
+        if grads is None:
+            grads, loss = one[0], metrics["loss"].detach()
+        one.clear()
+    if layout.num_ranks == 1:
+        got = run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps)
+    else:
+        got = pool(layout.num_ranks).run(run_layout, step, specs, opt, layout, batch, seed, steps)[0]
+    assert got is not None and grads is not None and loss is not None
+    paths = [path for path, _ in tree.flatten_with_path(base.specs)]
+
+    def worst(ours: list, theirs: list) -> tuple[float, str]:
+        # A leaf whose gradient cancels to nothing (a key bias without rope) still has the rounding of its terms: a floor at 1e-3 of the tree's largest.
+        floor = 1e-3 * max((x.abs().max().item() for x in ours if x is not None and x.numel()), default=0.0)
+        return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)), default=(0.0, ""))
+
+    grad, param = worst(grads, got[0]), worst([p.detach() for p in tree.leaves(state.params)], got[2])
+    return Equivalence(_deviation(loss, got[1]), *grad, *param)
+
+
+def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: float = 0.0) -> float:
+    if ours is None or theirs is None:
+        return 0.0 if ours is theirs else math.inf
+    if not torch.isfinite(theirs).all() or ours.shape != theirs.shape:
+        return math.inf
+    if not ours.numel():
+        return 0.0
+    return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(max(floor, torch.finfo(ours.dtype).tiny))).item()
+
+
+def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = layouts(), *, specs: tree.Tree, opt: Any,
+                      batches: Callable[[Layout], st.SearchStrategy] | None = None, vocab_size: int | None = None, seed: int = 0, steps: int = 2,
+                      reference: Callable | None = None, tolerance: float | None = None, examples: int = 25, derandomize: bool = True) -> None:
+    """Assert that `step(state, batch, ops)` is the same function on every drawn layout (laws 1 to 3 and 5).
+
+    `specs` describe its parameters, `opt` is an (init, update) pair, the step's metrics have `"loss"`. `batches(layout)` is a strategy of
+    global batches that `xtf.data.cut` can cut; by default `token_batches(vocab_size)`. `layouts` is a strategy or a list. `reference` is the
+    step that one process runs, where it is another one (whole batches against micro-batches).
+
+    The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the tree's): by default 4096 roundings of the
+    narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters to 1000 times that, since AdamW divides by
+    sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
+
+    Raises AssertionError that names the layout, the leaf and the deviation, shrunk to the smallest mesh and batch.
+    """
+    if batches is None:
+        if vocab_size is None:
+            raise ValueError("assert_equivalent: give vocab_size, or batches(layout) for batches of your own")
+        batches = token_batches(vocab_size)
+    bound = tolerance if tolerance is not None else 4096 * max(torch.finfo(p.dtype).eps for p in tree.leaves(specs))
+    draw_layout = layouts if isinstance(layouts, st.SearchStrategy) else st.sampled_from(list(layouts))
+
+    @settings(max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=False, report_multiple_bugs=False,
+              suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate, Phase.shrink])
+    @given(st.data())
+    def check(data: Any) -> None:
+        layout = data.draw(draw_layout, label="layout")
+        batch = data.draw(batches(layout), label="batch")
+        e = compare(step, layout, batch, specs=specs, opt=opt, seed=seed, steps=steps, reference=reference)
+        where = f"on {layout}, batch of {', '.join(f'{k} {tuple(v.shape)}' for k, v in tree.flatten_with_path(batch))}"
+        assert e.grad <= bound, f"gradient of {e.grad_leaf} differs by {e.grad:.2e} of its largest (bound {bound:.1e}) {where}"
+        assert e.loss <= bound, f"loss differs by {e.loss:.2e} (bound {bound:.1e}) {where}"
+        assert e.param <= 1000 * bound, f"parameter {e.param_leaf} differs by {e.param:.2e} after {steps} steps (bound {1000 * bound:.1e}) {where}"
+
+    check()
+
+
+__all__ = ["Equivalence", "Layout", "assert_equivalent", "compare", "layouts", "run_layout", "shared_mesh", "spy", "token_batches", "whole"]

@@ -1,0 +1,105 @@
+"""A checkpoint directory's logits and gradients, on any layout: what parity with other implementations is measured on."""
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from xtf import hf, models, tree
+from xtf.data.batch import Batch, cut, pack, stack
+from xtf.grad import value_and_grad
+from xtf.ops import Ops
+from xtf.shard import shard
+from xtf.testing.laws import Layout, shared_mesh, whole
+from xtf.testing.pool import pool
+
+
+def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch.dtype,
+                     layout: Layout | dict[str, int] | str | None = None) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The logits of ragged sequences and the gradients of their summed next-token loss, by a Hugging Face directory's model.
+
+    `sequences` are lists of token ids, packed into one batch; parameters have `dtype`. `layout` is None (one process), mesh sizes
+    (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp) or a `Layout`; it runs on real ranks of a process pool.
+
+    Returns a list of [len, vocab] logits, and gradients by the name that each tensor has in the directory's files, whole, on the CPU.
+
+    Raises ValueError for an empty sequence or a token outside the vocabulary.
+    """
+    layout = as_layout(layout)
+    sequences = [list(s) for s in sequences]
+    if not sequences or not all(sequences):
+        raise ValueError("logits_and_grads: give at least one sequence, each of at least one token")
+    batch, where = _batch(sequences, layout)
+    args = str(path), batch, dtype, layout
+    results = pool(layout.num_ranks).run(_on_rank, *args) if layout.num_ranks > 1 else [_on_rank(*args)]
+    sp = layout.sizes.get("sp", 1)
+    rows = [torch.cat([results[r + i][0] for i in range(sp)], 1) for r in range(0, layout.num_ranks, sp)]     # sp is the fastest axis
+    logits = torch.cat(rows)
+    return [logits[p, at:at + len(s)] for (p, at), s in zip(where, sequences, strict=True)], results[0][1]
+
+
+def as_layout(layout: Layout | dict[str, int] | str | None) -> Layout:
+    """A `Layout` from whatever describes one.
+
+    >>> as_layout("dp=2,sp=2").store
+    ('dp', 'sp')
+    """
+    if isinstance(layout, Layout):
+        return layout
+    if isinstance(layout, str):
+        layout = parse_mesh(layout)
+    sizes = {a: n for a, n in (layout or {}).items() if n > 1}
+    order = [a for a in ("replicate", "dp", "ep", "sp") if a in sizes]
+    return Layout(tuple((a, sizes[a]) for a in order), tuple(a for a in order if a != "replicate"))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"dp=2,sp=2"` as sizes; those unnamed are 1.
+
+    Raises ValueError that names the part which is not `axis=size`.
+
+    >>> parse_mesh("sp=2")
+    {'sp': 2}
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, n = part.partition("=")
+        if axis not in ("replicate", "dp", "ep", "sp") or not n.isdigit() or int(n) < 1 or axis in sizes:
+            raise ValueError(f"--mesh: {part!r} is not one of replicate=N, dp=N, ep=N, sp=N (each once, N at least 1)")
+        sizes[axis] = int(n)
+    return sizes
+
+
+def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
+    """One pack for each rank that holds other packs; each sequence goes to the emptiest. Returns (pack, start) of each too."""
+    fill: list[list[int]] = [[] for _ in range(layout.pack_ranks)]
+    where = []
+    length = lambda p: sum(len(sequences[i]) for i in fill[p])
+    for i in range(len(sequences)):
+        p = min(range(len(fill)), key=length)
+        where.append((p, length(p)))
+        fill[p].append(i)
+    sp = layout.sizes.get("sp", 1)
+    T = -(-max(map(length, range(len(fill)))) // sp) * sp
+    packs = [pack([(sequences[i], [1] * len(sequences[i])) for i in members], T, max_documents=max(map(len, fill)) + 1) for members in fill]
+    return stack(packs), where
+
+
+def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    module, cfg = models.from_hf(path)
+    names = module.names(cfg)
+
+    def probe(params: tree.Tree, batch: Batch, ops: Ops) -> Any:
+        with torch.no_grad():
+            logits = module.forward(params, batch, cfg, ops)
+        _, grads = value_and_grad(lambda params, batch, ops: module.loss(params, batch, cfg, ops))(params, batch, ops)
+        return logits, grads
+
+    m = shared_mesh(layout.mesh)
+    run = shard(probe, *replace(layout, donate=False).transforms(), mesh=m, specs=module.specs(cfg, dtype=dtype))
+    logits, grads = run(hf.load(path, run.specs, names, run.layout), cut(batch, m))
+    grads = {names[leaf]: whole(g) for leaf, g in tree.flatten_with_path(grads) if g is not None}
+    return logits.detach().cpu(), grads if m is None or m.get_rank() == 0 else None
+
+
+__all__ = ["as_layout", "logits_and_grads", "parse_mesh"]

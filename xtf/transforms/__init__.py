@@ -1,0 +1,6 @@
+"""Transforms that need no mesh."""
+from xtf.transforms.jit import jit
+from xtf.transforms.precision import bf16
+from xtf.transforms.remat import remat
+
+__all__ = ["bf16", "jit", "remat"]

@@ -1,0 +1,16 @@
+"""`bf16`: matrices move and multiply in bfloat16, while the stored masters, the moments and the gradients' sums stay as they are."""
+import torch
+
+from xtf.shard import Transform
+
+
+def bf16() -> Transform:
+    """Leaves with two dims or more compute in bfloat16; vectors (norms, biases, sinks) stay, since kernels take their statistics
+    in at least float32 anyway, and gathering them costs nothing.
+
+    Casts stand before fsdp's gather, so half the bytes move. Gradients come back in the masters' dtype.
+
+    >>> bf16().cast(torch.ones(2, 2)), bf16().cast(torch.ones(2))
+    (torch.bfloat16, None)
+    """
+    return Transform("bf16", 0, cast=lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in (torch.float32, torch.float64) else None)

@@ -1,0 +1,45 @@
+"""`remat`: recompute instead of keeping.
+
+It does no more than pass `around` to `scan`: the block, and under fsdp the gather before it, run inside torch's checkpoint.
+"""
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from xtf.ops import Ops
+from xtf.shard import Env, Transform
+
+
+def remat(*keep: str) -> Transform:
+    """Keep only each block's inputs and recompute the block in backward; `keep` names calls (`"attn_out"`) whose results stay.
+
+    Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing.
+
+    Source: Chen et al., arXiv 1604.06174.
+
+    >>> remat("attn_out").name
+    'remat'
+    """
+    def wrap(ops: Ops, env: Env) -> Ops:
+        inside: list[bool] = []                                            # whether a kept call is running
+
+        def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if inside else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def name(fn: Callable, label: str) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                inside.append(True)
+                try:
+                    return fn(*args, **kwargs)
+                finally:
+                    inside.pop()
+            return run if label in keep else ops.name(fn, label)
+
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if keep else {}
+        around = lambda fn: partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return replace(ops, scan=partial(ops.scan, around=around), name=name if keep else ops.name)
+
+    return Transform("remat", 40, wrap)
