@@ -48,7 +48,7 @@ class Place:
     def from_local(self, local: torch.Tensor, shape: tuple[int, ...]) -> DTensor:
         """The DTensor of `shape` whose part on this rank is `local` (moved to the mesh's device; no communication)."""
         stride = [math.prod(shape[i + 1:]) for i in range(len(shape))]
-        return DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,
+        return DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,  # pyright: ignore
                                   shape=torch.Size(shape), stride=tuple(stride))
 
     def put(self, whole: torch.Tensor) -> DTensor:
@@ -56,6 +56,23 @@ class Place:
         offset, size = self.box(tuple(whole.shape))
         part = whole.detach()[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].clone()
         return self.from_local(part, tuple(whole.shape)).requires_grad_(whole.requires_grad)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`"dp=2,sp=2"` as sizes; those unnamed are 1.
+
+    Raises ValueError that names the part which is not `axis=size`.
+
+    >>> parse_mesh("sp=2")
+    {'sp': 2}
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, n = part.partition("=")
+        if axis not in AXES or not n.isdigit() or int(n) < 1 or axis in sizes:
+            raise ValueError(f"--mesh: {part!r} is not one of replicate=N, dp=N, ep=N, sp=N (each once, N at least 1)")
+        sizes[axis] = int(n)
+    return sizes
 
 
 def put(values: tree.Tree, layout: tree.Tree) -> tree.Tree:
@@ -68,7 +85,7 @@ def table(specs: tree.Tree, layout: tree.Tree | None = None) -> str:
 
     `layout=None` is the layout of one process.
     """
-    rows: dict[tuple, list[str]] = {}
+    rows: dict[tuple, list[int]] = {}
     places = [None] * len(tree.leaves(specs)) if layout is None else tree.leaves(layout)
     for (path, p), place in zip(tree.flatten_with_path(specs), places, strict=True):
         generic = ".".join("*" if part.isdigit() else part for part in path.split("."))

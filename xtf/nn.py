@@ -43,18 +43,18 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     rope_theta: float = 10000.0
 
 
-class LinearRope(Rope, tag="linear"):
+class LinearRope(Rope, frozen=True, tag="linear"):
     """Positions divided by `factor` (arXiv 2306.15595)."""
     factor: float
 
 
-class DynamicRope(Rope, tag="dynamic"):
+class DynamicRope(Rope, frozen=True, tag="dynamic"):
     """NTK-aware: documents longer than `max_position_embeddings` get a larger base, by their length."""
     factor: float
     max_position_embeddings: Size
 
 
-class YarnRope(Rope, tag="yarn"):
+class YarnRope(Rope, frozen=True, tag="yarn"):
     """Slow dims interpolated, fast ones kept, a ramp between, and cos, sin scaled by `attention_factor` (arXiv 2309.00071, eq. 15 to 25)."""
     factor: float
     original_max_position_embeddings: Size
@@ -66,7 +66,7 @@ class YarnRope(Rope, tag="yarn"):
     truncate: bool = True
 
 
-class LongRope(Rope, tag="longrope"):
+class LongRope(Rope, frozen=True, tag="longrope"):
     """A factor for each dim, from one of two tables: for documents up to the original length, and longer ones (arXiv 2402.13753)."""
     factor: float
     original_max_position_embeddings: Size
@@ -75,7 +75,7 @@ class LongRope(Rope, tag="longrope"):
     attention_factor: float | None = None
 
 
-class Llama3Rope(Rope, tag="llama3"):
+class Llama3Rope(Rope, frozen=True, tag="llama3"):
     """Wavelengths beyond the original context slowed by `factor`, with a smooth passage (arXiv 2407.21783)."""
     factor: float
     low_freq_factor: float
@@ -86,7 +86,8 @@ class Llama3Rope(Rope, tag="llama3"):
 AnyRope = Rope | LinearRope | DynamicRope | YarnRope | LongRope | Llama3Rope
 
 
-def rope(kind: AnyRope, head_dim: int, positions_PT: torch.Tensor, segments_PS: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(kind: AnyRope, head_dim: int, positions_PT: torch.Tensor, segments_PS: torch.Tensor,
+         dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [P, T, head_dim] of every position, in at least float32, once a forward.
 
     `segments_PS` holds cumulative document lengths: kinds that depend on the length use each document's own, so that packing is
@@ -129,7 +130,7 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
             keep = 1 - ramp
             return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep).to(device)
         case LongRope():
-            short, long = (1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * periods) for factors in (kind.short_factor, kind.long_factor))
+            short, long = (1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods) for x in (kind.short_factor, kind.long_factor))
             longer_PT1 = (document_lengths(segments_PS, T) > kind.original_max_position_embeddings)[..., None]
             return torch.where(longer_PT1, long.to(device), short.to(device))
         case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original):
@@ -188,7 +189,8 @@ def embed(node: dict, ids_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
     return F.embedding(ids_Pt, node["weight"], padding_idx=cfg.pad_token_id)
 
 
-def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
+def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
+              window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
     """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and `k_norm`.
 
     `window`: how many tokens a query sees, itself included; None: its whole document. How many heads there are is read off the
@@ -247,7 +249,7 @@ def _logits(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
 
 
 def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
-    return linear_cross_entropy(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())[0]
+    return linear_cross_entropy(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())
 
 
 def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
@@ -299,9 +301,8 @@ def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Se
     the keys that each query sees: l (l + 1) / 2 in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l.
     Norms, rope, activations and biases are not counted.
     """
-    weights = sum(math.prod(p.shape) for path, p in tree.flatten_with_path(specs) if path.endswith(".weight") and len(p.shape) == 2 and path != "embed.weight")
-    if "head" not in specs:
-        weights += math.prod(specs["embed"]["weight"].shape)
+    end = {"head": specs["head"] if "head" in specs else specs["embed"]}
+    weights = sum(math.prod(p.shape) for p in tree.leaves({"layers": specs["layers"], **end}) if len(p.shape) == 2)
     pairs = sum(_pairs(length, window) for window in windows for length in lengths)
     return float(2 * weights * sum(lengths) + 4 * cfg.num_attention_heads * cfg.head_dim * pairs)
 

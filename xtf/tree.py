@@ -5,7 +5,7 @@ A tree is nested dicts, lists, tuples and registered dataclasses. `None` is a le
 """
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 from torch.utils import _pytree as pytree
 
@@ -36,6 +36,7 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return pytree.tree_map_with_path(lambda path, *xs: fn(".".join(_key(k) for k in path), *xs), tree, *rest)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def dataclass_tree(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass that is a pytree; fields with `metadata={"static": True}` are kept, not mapped.
 
@@ -52,7 +53,7 @@ def dataclass_tree(cls: type[T]) -> type[T]:
     def from_list(values, context):
         return cls(**dict(zip(data, values, strict=True)), **dict(zip(static, context, strict=True)))
 
-    def to_list_with_keys(x):
+    def to_list_with_keys(x: Any) -> Any:
         return [(pytree.GetAttrKey(n), getattr(x, n)) for n in data], tuple(getattr(x, n) for n in static)
 
     pytree.register_pytree_node(cls, to_list, from_list, flatten_with_keys_fn=to_list_with_keys,

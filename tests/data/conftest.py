@@ -24,7 +24,8 @@ def make_tokenizer(docstrings):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator((m["content"] for part in docstrings for r in part for m in r["messages"]), trainers.BpeTrainer(
+    texts = [m["content"] for part in docstrings for r in part for m in r["messages"]] + ["x\n\ny\n\n\nz   -"] * 200  # white space merges too
+    core.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1000, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
 
     def make(template, trim_offsets=False):

@@ -42,6 +42,9 @@ HEADERS = """{{ bos_token }}{% for m in messages %}<|start_header|>{{ m.role }}<
 
 {% endif %}"""
 
+# The prompt ends in a space.
+SPACED = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."},
         {"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6,\n  of course: ½·12 — 六!"}]
 
@@ -85,7 +88,16 @@ def test_dropped_reasoning_makes_one_sample_of_each_turn(make_tokenizer, write):
     assert len(plain) == 1 and len(runs(plain[0])) == 2  # nothing to drop: the prefixes are exact
 
 
-CONTENT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30).filter(lambda s: "<|" not in s)
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("template, answer, trained", [(CHATML, "\n\nIs it?", "\nIs it?<|im_end|>"), (SPACED, "the sum", " sum<|eot|>")])
+def test_a_token_that_begins_in_the_prompt_is_counted_and_not_trained(make_tokenizer, write, template, answer, trained, trim_offsets):
+    tokenizer = make_tokenizer(template, trim_offsets)
+    samples, stats = read_samples(write({"messages": [*TALK[:2], {"role": "assistant", "content": answer}]}), tokenizer, 512)
+    assert trained_texts(samples, tokenizer) == [[trained]] and stats.straddling == 1 and "begin inside a token" in str(stats)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30).filter(lambda s: "<|" not in s)
+CONTENT = st.tuples(st.sampled_from(["", "", "\n", "\n\n", " ", "the "]), TEXT).map("".join)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -40,8 +40,8 @@ def configs(draw, family: str) -> dict:
     layers = draw(st.integers(1, 3))
     hf = {
         "model_type": family, "vocab_size": VOCAB, "hidden_size": kv * group * draw(st.sampled_from([8, 16])),
-        "intermediate_size": draw(st.sampled_from([12, 20])), "num_hidden_layers": layers, "num_attention_heads": kv * group, "num_key_value_heads": kv,
-        "head_dim": 2 * half, "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu"])),
+        "intermediate_size": draw(st.sampled_from([12, 20])), "num_hidden_layers": layers,
+        "num_attention_heads": kv * group, "num_key_value_heads": kv, "head_dim": 2 * half, "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu"])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])), "max_position_embeddings": draw(st.sampled_from([8, 16, 64])),
         "tie_word_embeddings": draw(st.booleans()), "rope_parameters": draw(ropes(half)), "pad_token_id": draw(st.sampled_from([None, 3])),
     }
@@ -95,7 +95,14 @@ def hf_model(hf: dict, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise if p.ndim == 1 else noise / p.shape[1] ** 0.5)
+            if "norm" in name:
+                p.copy_(1 + 0.3 * noise)
+            elif p.ndim == 1:
+                p.copy_(0.3 * noise)
+            elif "embed" in name and not hf.get("tie_word_embeddings"):
+                p.copy_(noise)
+            else:
+                p.copy_(noise / p.shape[1] ** 0.5)
     return model.eval()
 
 
@@ -118,21 +125,21 @@ def hf_logits_and_grads(model: torch.nn.Module, seqs: list[list[int]]) -> tuple[
     return out, {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
-def rounding(model: torch.nn.Module, seqs: list[list[int]]) -> dict[str, float]:
-    """How far transformers' own gradients move when every weight moves by about 4 roundings of float32.
+def rounding(model: torch.nn.Module, seqs: list[list[int]]) -> tuple[list[float], dict[str, float]]:
+    """How far transformers' own logits and gradients move when every weight moves by about 4 roundings of float32.
 
-    No float32 computation can be held to less. It matters for k's bias above all: softmax ignores what is added to every key, so but
-    for the rotation its gradient is 0, and where the rotation is slow nearly all of it cancels.
+    No float32 computation can be held to less. It matters where a token's residual stream nearly cancels before a norm, and for k's
+    bias: softmax ignores what is added to every key, so but for the rotation its gradient is 0.
     """
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _, grads = hf_logits_and_grads(model, seqs)
+    logits, grads = hf_logits_and_grads(model, seqs)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + 4 * torch.finfo(p.dtype).eps * torch.randn(p.shape, generator=generator))
-    _, moved = hf_logits_and_grads(model, seqs)
+    moved_logits, moved = hf_logits_and_grads(model, seqs)
     model.load_state_dict(before, strict=False)
-    return {name: deviation(moved[name], g) for name, g in grads.items()}
+    return [deviation(a, b) for a, b in zip(moved_logits, logits, strict=True)], {name: deviation(moved[name], g) for name, g in grads.items()}
 
 
 def family(hf: dict):

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,11 +18,14 @@ BOUND = 1e-5                                       # fp32 against fp32: what the
 
 
 def grads_by_name(module, cfg, params, batch, fn="loss"):
-    losses = {"loss": module.loss,
-              "token_losses": lambda p, b, c, o: (module.token_losses(p, b, c, o) * b.loss_mask).sum(),
-              "forward": lambda p, b, c, o: (torch.nn.functional.cross_entropy(module.forward(p, b, c, o).flatten(0, 1), b.labels.flatten(), reduction="none")
-                                             * b.loss_mask.flatten()).sum()}
-    loss, grads = xtf.value_and_grad(lambda p, b, ops: losses[fn](p, b, cfg, ops))(params, batch)
+    def share(p, b, ops):
+        if fn == "loss":
+            return module.loss(p, b, cfg, ops)
+        if fn == "token_losses":
+            return (module.token_losses(p, b, cfg, ops) * b.loss_mask).sum()
+        logits = module.forward(p, b, cfg, ops).transpose(1, 2)
+        return (F.cross_entropy(logits, b.labels, reduction="none") * b.loss_mask).sum()
+    loss, grads = xtf.value_and_grad(share)(params, batch)
     names = module.names(cfg)
     return loss, {names[path]: g for path, g in tree.flatten_with_path(grads)}
 
@@ -39,13 +43,13 @@ def test_logits_and_gradients_equal_transformers(name, data):
 
     with torch.no_grad():
         logits = module.forward(params, batch, cfg)
-    for (row, at), want in zip(where, want_logits, strict=True):
-        assert R.deviation(logits[row, at], want) <= BOUND
     _, grads = grads_by_name(module, cfg, params, batch)
     assert grads.keys() == want_grads.keys()
-    off = {key: R.deviation(grads[key], want) for key, want in want_grads.items()}
-    allowed = dict.fromkeys(off, BOUND) if max(off.values()) <= BOUND else {key: max(BOUND, x) for key, x in R.rounding(model, seqs).items()}
-    assert all(off[key] <= allowed[key] for key in off), (off, allowed)
+    off = {i: R.deviation(logits[row, at], want_logits[i]) for i, (row, at) in enumerate(where)}
+    off |= {key: R.deviation(grads[key], want) for key, want in want_grads.items()}
+    if max(off.values()) > BOUND:                  # a few draws are so ill-conditioned that float32 cannot do it
+        logits_move, grads_move = R.rounding(model, seqs)
+        assert all(x <= max(BOUND, (dict(enumerate(logits_move)) | grads_move)[key]) for key, x in off.items()), off
 
 
 @pytest.mark.parametrize("name", FAMILIES)

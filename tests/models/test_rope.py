@@ -56,9 +56,11 @@ def test_each_kind_equals_transformers(name, theta):
     assert_equal_rope(KINDS[name] | {"rope_theta": theta}, HALF, MOST, [3, 2048, 4096, 4097, 16384, 16385, 20000])
 
 
-@given(half=st.sampled_from([2, 4, 8]), most=st.sampled_from([8, 16, 64]), lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4), data=st.data())
+@given(st.data())
 @settings(max_examples=100)
-def test_drawn_kinds_equal_transformers(half, most, lengths, data):
+def test_drawn_kinds_equal_transformers(data):
+    half, most = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from([8, 16, 64]))
+    lengths = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=4))
     assert_equal_rope(data.draw(ropes(half)), half, most, lengths)
 
 

@@ -33,7 +33,11 @@ class BadLine(ValueError):
 
 @dataclass
 class Stats:
-    """What became of the lines: nothing is left out without being counted here."""
+    """What became of the lines: nothing is left out without being counted here.
+
+    >>> print(Stats(lines=2, samples=2, tokens=90, loss_tokens=40, truncated=1, tokens_dropped=8))
+    2 samples of 2 lines, 90 tokens, 40 with loss; 1 truncated (8 tokens dropped)
+    """
     lines: int = 0
     bad: int = 0              # lines skipped; the first few reasons are in bad_lines
     samples: int = 0
@@ -82,6 +86,14 @@ def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: An
         vocab_size: the model's, if known: ids beyond it make a line bad.
 
     Raises BadLine, naming file, line and reason; ValueError if a conversation meets a tokenizer without template or offsets.
+
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder) / "data.jsonl"
+    ...     _ = file.write_text('{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}')
+    ...     samples, stats = read_samples(file, None, seq_len=2)
+    >>> samples[0].ids.tolist(), samples[0].mask.tolist(), stats.tokens_dropped
+    ([5, 6], [False, True], 1)
     """
     if on_bad not in ("raise", "skip"):
         raise ValueError(f'on_bad={on_bad!r} is neither "raise" nor "skip"')

@@ -67,6 +67,11 @@ class Loader:
         packs = [self._pack(i * self.packs_per_step + p) for p in range(rows.start, rows.stop)]
         return cut_positions(stack(packs), columns)
 
+    def documents(self, i: int) -> list[int]:
+        """The lengths of the samples in step i's global batch: what throughput and FLOPs are counted from, padding left out."""
+        places = (self._locate(i * self.packs_per_step + p) for p in range(self.packs_per_step))
+        return [self.lengths[s] for epoch, position in places for s in self._packs(epoch)[position]]
+
     def cursor(self, i: int) -> dict[str, int]:
         """Where step i begins, as plain ints for a checkpoint: `seek` goes on from there without packing the epochs before."""
         epoch, position = self._locate(i * self.packs_per_step)

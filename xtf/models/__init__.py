@@ -31,9 +31,10 @@ def from_hf(path: str | Path) -> tuple[ModuleType, Any]:
         hf = json.loads(file.read_text())
     except ValueError as e:
         raise ValueError(f"{file}: not JSON: {e}") from None
-    if not isinstance(hf, dict) or hf.get("model_type") not in FAMILIES:
-        raise ValueError(f"{file}: model_type {hf.get('model_type') if isinstance(hf, dict) else None!r} is not supported; supported are {', '.join(FAMILIES)}")
-    module = FAMILIES[hf["model_type"]]
+    family = hf.get("model_type") if isinstance(hf, dict) else None
+    if family not in FAMILIES:
+        raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    module = FAMILIES[family]
     try:
         return module, module.config(hf)
     except ValueError as e:

@@ -56,15 +56,15 @@ def decode(cls: type[C], hf: dict, **resolved: Any) -> C:
     for name, (harmless, advice) in ONLY.items():
         if name in hf and hf[name] not in harmless:
             raise ValueError(f"{family} config: {name}={hf[name]!r} is not supported: {advice}")
-    fields = {f.name: f for f in msgspec.structs.fields(cls)}
-    unknown = sorted(set(hf) - set(fields) - NO_EFFECT - set(ONLY) - ROPE)
+    fields = {f.name for f in msgspec.structs.fields(cls)} - {"rope"}
+    unknown = sorted(set(hf) - fields - NO_EFFECT - set(ONLY) - ROPE)
     if unknown:
-        raise ValueError(f"{family} config: unknown field {', '.join(unknown)}: it may change what the model computes; remove it from config.json if it does not, "
-                         "or teach this family about it")
+        raise ValueError(f"{family} config: unknown field {', '.join(unknown)}: it may change what the model computes; if it does not, "
+                         "remove it from config.json")
     given = {name: hf[name] for name in fields if name in hf} | resolved
     try:
-        most = msgspec.convert(given.get("max_position_embeddings", fields["max_position_embeddings"].default), nn.Size)
-        cfg = msgspec.convert(given | {"rope": decode_rope(hf, most)}, cls)
+        cfg: Any = msgspec.convert(given, cls)
+        cfg = msgspec.structs.replace(cfg, rope=decode_rope(hf, cfg.max_position_embeddings))
         check(cfg)
     except (msgspec.ValidationError, ValueError) as e:
         raise ValueError(f"{family} config: {str(e).replace('$.', '')}") from None
@@ -145,7 +145,7 @@ def num_kv_heads(hf: dict, missing: int | None, num_heads: int) -> Any:
     return hf.get("num_attention_heads", num_heads) if given is None else given
 
 
-def resolve_windows(cfg: C) -> C:
+def resolve_windows(cfg: Any) -> Any:
     """Windows as transformers resolves them: none unless `use_sliding_window`, and without `layer_types` from layer `max_window_layers` on.
 
     Raises ValueError as `layer_windows` does.
@@ -153,7 +153,8 @@ def resolve_windows(cfg: C) -> C:
     window = cfg.sliding_window if cfg.use_sliding_window else None
     types = cfg.layer_types
     if types is None:
-        types = tuple("sliding_attention" if window is not None and i >= cfg.max_window_layers else "full_attention" for i in range(cfg.num_hidden_layers))
+        slides = lambda i: window is not None and i >= cfg.max_window_layers
+        types = tuple("sliding_attention" if slides(i) else "full_attention" for i in range(cfg.num_hidden_layers))
     cfg = msgspec.structs.replace(cfg, sliding_window=window, layer_types=types)
     layer_windows(cfg)
     return cfg

@@ -86,7 +86,8 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
         }
 
     table = lambda: product(cfg.vocab_size, D, ("vocab", "embed"))
-    return {"embed": table(), "layers": [layer() for _ in range(cfg.num_hidden_layers)], "norm": norm(D, "embed"), **({} if cfg.tie_word_embeddings else {"head": table()})}
+    params = {"embed": table(), "layers": [layer() for _ in range(cfg.num_hidden_layers)], "norm": norm(D, "embed")}
+    return params if cfg.tie_word_embeddings else params | {"head": table()}
 
 
 def names(cfg: Config) -> dict[str, str]:
@@ -98,7 +99,8 @@ def names(cfg: Config) -> dict[str, str]:
     return nn.hf_names(NAMES, specs(cfg))
 
 
-def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, *, cfg: Config, ops: Ops) -> tuple[torch.Tensor, None]:
+def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
+          *, cfg: Config, ops: Ops) -> tuple[torch.Tensor, None]:
     """One layer."""
     x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, None, cfg, ops)
     return x_PtD + nn.mlp(p, nn.norm(x_PtD, p["mlp_norm"], cfg), cfg, ops), None
@@ -108,7 +110,8 @@ def decoder(params: dict, batch: Batch, cfg: Config, ops: Ops) -> torch.Tensor:
     """What the last layer returns, [P, t, D]."""
     x_PtD = ops.use(partial(nn.embed, cfg=cfg), params["embed"], ops.split(batch.input_ids))
     cos_PTd, sin_PTd = nn.rope(cfg.rope, cfg.head_dim, batch.positions, batch.segments, x_PtD.dtype)
-    x_PtD, _ = ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], x_PtD, ops.split(cos_PTd), ops.split(sin_PTd), batch.segments)
+    shared = ops.split(cos_PTd), ops.split(sin_PTd), batch.segments
+    x_PtD, _ = ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], x_PtD, *shared)
     return x_PtD
 
 

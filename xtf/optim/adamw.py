@@ -13,7 +13,8 @@ from xtf.parallel.collectives import like, local
 Mask = Callable[[str, torch.Tensor], bool]
 
 
-def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1, mask: Mask | None = None) -> Optimizer:
+def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1,
+          mask: Mask | None = None) -> Optimizer:
     """Adam with decoupled weight decay. With t = 1, 2, ... and the gradient g of a parameter p:
 
         m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g²
@@ -65,7 +66,7 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
     return Optimizer(init, update)
 
 
-def _adamw(leaves: list[tuple], device: torch.device, dtype: torch.dtype, step: int, donate: bool, **numbers: float) -> None:
+def _adamw(leaves: list[tuple], device: torch.device, dtype: torch.dtype, step: int, donate: bool, **numbers: Any) -> None:
     """Leaves are (decay, u, p, old m, old v, new m, new v), flat; `u` holds the gradient and becomes the update.
 
     The update starts as the decay, and torch's fused kernel, given it for a parameter, takes Adam's part off it.

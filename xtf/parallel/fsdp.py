@@ -266,8 +266,8 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
                     return run(params, *(_border(bucket, (x, *shared)) if bucket else (x, *shared)))
 
                 x, y = around(inside)(x, *shared)
-                if buckets[i] is not None:
-                    buckets[i].drop()
+                if prepared[3] is not None:
+                    prepared[3].drop()
             ys.append(y)
         return x, ys
 

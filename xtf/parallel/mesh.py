@@ -84,6 +84,7 @@ def group_of(flat: DeviceMesh) -> Group:
             lines = flat.mesh.reshape(flat.size(0), -1).T.tolist()
             made = [dist.new_group(ranks) for ranks in lines]
             reduce = next(g for g, ranks in zip(made, lines, strict=True) if dist.get_rank() in ranks)
+            assert isinstance(reduce, dist.ProcessGroup)
         _groups[flat] = Group(flat.size(0), flat.get_local_rank(0), pg, reduce)
     return _groups[flat]
 

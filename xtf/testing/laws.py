@@ -223,7 +223,7 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     draw_layout = layouts if isinstance(layouts, st.SearchStrategy) else st.sampled_from(list(layouts))
 
     @settings(max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=False, report_multiple_bugs=False,
-              suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate, Phase.shrink])
+              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much], phases=[Phase.explicit, Phase.generate, Phase.shrink])
     @given(st.data())
     def check(data: Any) -> None:
         layout = data.draw(draw_layout, label="layout")

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from xtf import hf, models, tree
-from xtf.data.batch import Batch, cut, pack, stack
+from xtf.data.batch import Batch, Sample, cut, pack, stack
 from xtf.grad import value_and_grad
+from xtf.layout import parse_mesh
 from xtf.ops import Ops
 from xtf.shard import shard
 from xtf.testing.laws import Layout, shared_mesh, whole
@@ -35,7 +36,9 @@ def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch
     sp = layout.sizes.get("sp", 1)
     rows = [torch.cat([results[r + i][0] for i in range(sp)], 1) for r in range(0, layout.num_ranks, sp)]     # sp is the fastest axis
     logits = torch.cat(rows)
-    return [logits[p, at:at + len(s)] for (p, at), s in zip(where, sequences, strict=True)], results[0][1]
+    grads = results[0][1]
+    assert grads is not None
+    return [logits[p, at:at + len(s)] for (p, at), s in zip(where, sequences, strict=True)], grads
 
 
 def as_layout(layout: Layout | dict[str, int] | str | None) -> Layout:
@@ -53,23 +56,6 @@ def as_layout(layout: Layout | dict[str, int] | str | None) -> Layout:
     return Layout(tuple((a, sizes[a]) for a in order), tuple(a for a in order if a != "replicate"))
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """`"dp=2,sp=2"` as sizes; those unnamed are 1.
-
-    Raises ValueError that names the part which is not `axis=size`.
-
-    >>> parse_mesh("sp=2")
-    {'sp': 2}
-    """
-    sizes: dict[str, int] = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        axis, _, n = part.partition("=")
-        if axis not in ("replicate", "dp", "ep", "sp") or not n.isdigit() or int(n) < 1 or axis in sizes:
-            raise ValueError(f"--mesh: {part!r} is not one of replicate=N, dp=N, ep=N, sp=N (each once, N at least 1)")
-        sizes[axis] = int(n)
-    return sizes
-
-
 def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
     """One pack for each rank that holds other packs; each sequence goes to the emptiest. Returns (pack, start) of each too."""
     fill: list[list[int]] = [[] for _ in range(layout.pack_ranks)]
@@ -81,7 +67,7 @@ def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tupl
         fill[p].append(i)
     sp = layout.sizes.get("sp", 1)
     T = -(-max(map(length, range(len(fill)))) // sp) * sp
-    packs = [pack([(sequences[i], [1] * len(sequences[i])) for i in members], T, max_documents=max(map(len, fill)) + 1) for members in fill]
+    packs = [pack([Sample(sequences[i], [1] * len(sequences[i])) for i in members], T, max_documents=max(map(len, fill)) + 1) for members in fill]
     return stack(packs), where
 
 
@@ -101,5 +87,3 @@ def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tup
     grads = {names[leaf]: whole(g) for leaf, g in tree.flatten_with_path(grads) if g is not None}
     return logits.detach().cpu(), grads if m is None or m.get_rank() == 0 else None
 
-
-__all__ = ["as_layout", "logits_and_grads", "parse_mesh"]

@@ -1,0 +1,52 @@
+"""Schedules against torch's and the formula."""
+import math
+
+import pytest
+import torch
+
+from xtf.optim import schedules
+
+
+def rates(schedule, steps):
+    return [float(schedule(torch.tensor(t))) for t in range(steps)]
+
+
+def torchs(make, steps, lr):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
+    scheduler = make(optimizer)
+    out = []
+    for _ in range(steps):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def test_cosine_and_linear_are_torchs():
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+    ours = rates(schedules.cosine(3e-4, steps=20, final=0.1), 21)
+    assert ours == pytest.approx(torchs(lambda o: CosineAnnealingLR(o, 20, eta_min=3e-5), 21, 3e-4), rel=1e-12)
+    ours = rates(schedules.linear(3e-4, steps=20, final=0.25), 30)
+    assert ours == pytest.approx(torchs(lambda o: LinearLR(o, 1.0, 0.25, 20), 30, 3e-4), rel=1e-12)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.0), (1, 1.0), (10, 0.0), (10, 0.3), (7, 0.5), (10, 1.0)])
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_warm_up_and_fall_by_formula(steps, warmup, final):
+    peak, rise = 2.0, round(warmup * steps)
+    s = lambda t: min(1.0, max(0.0, (t - rise) / max(steps - rise, 1)))
+    up = lambda t: min(1.0, (t + 1) / (rise + 1))
+    falls = {schedules.cosine(peak, steps, warmup, final): lambda t: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * s(t))),
+             schedules.linear(peak, steps, warmup, final): lambda t: 1 - (1 - final) * s(t),
+             schedules.constant(peak, steps, warmup): lambda t: 1.0}
+    for schedule, fall in falls.items():
+        assert rates(schedule, steps + 3) == pytest.approx([peak * up(t) * fall(t) for t in range(steps + 3)], rel=1e-13, abs=1e-15)
+        assert schedule(torch.tensor(0)).shape == () and schedule(torch.tensor(0)) > 0
+        assert float(schedule(torch.tensor(rise))) == peak
+
+
+@pytest.mark.parametrize("make", [schedules.cosine, schedules.linear, schedules.constant])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "warmup": 1.5}, {"steps": 5, "warmup": -0.1}])
+def test_bad_arguments_are_named(make, wrong):
+    with pytest.raises(ValueError, match=f"{make.__name__}: steps must be at least 1 and warmup a fraction"):
+        make(1.0, **wrong)
