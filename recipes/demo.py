@@ -16,7 +16,7 @@ from xtf import cli, gguf
 from xtf.data import read_samples, stdlib_qa
 
 OUT = Path("runs/demo")
-STEPS, SEQ_LEN, BATCH_TOKENS, HELD_OUT = 24, 256, 1024, 48
+STEPS, SEQ_LEN, BATCH_TOKENS, HELD_OUT = 16, 256, 1024, 32
 QUESTION = "What does Python's `textwrap.dedent` do?"
 
 

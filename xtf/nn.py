@@ -172,9 +172,9 @@ def document_lengths(segments_PS: torch.Tensor, T: int) -> torch.Tensor:
     >>> document_lengths(torch.tensor([[0, 2, 5, 5]]), 5).tolist()
     [[2, 2, 3, 3, 3]]
     """
-    ends_PS = segments_PS[:, 1:].contiguous()
-    at_PT = torch.arange(T, dtype=ends_PS.dtype, device=ends_PS.device).expand(len(ends_PS), T).contiguous()
-    return segments_PS.diff(dim=1).gather(1, torch.searchsorted(ends_PS, at_PT, right=True))
+    ends_PS, lengths_PS = segments_PS[:, 1:].long(), segments_PS.diff(dim=1)
+    ended_PT = torch.zeros_like(ends_PS[:, :1]).expand(-1, T + 1).scatter_add(1, ends_PS, torch.ones_like(ends_PS)).cumsum(1)[:, :T]
+    return lengths_PS.gather(1, ended_PT)
 
 
 # ---- layers -------------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,15 @@ def test_tokenizer(tmp_path, pre):
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_llama3_takes_whole_words_without_merges(tmp_path):
+    """Llama 3's vocabulary has words that its merges do not lead to; they are taken all the same, and gpt-2's are not."""
+    tokens, merges, trained = vocabulary()
+    for pre, expected in (("llama-bpe", [1, len(tokens)]), ("gpt-2", trained.encode("zebra").ids)):
+        write(tmp_path / "m.gguf", model("llama"), pre=pre, tokens=([*tokens, "zebra"], merges, trained))
+        gguf.to_hf(tmp_path / "m.gguf", tmp_path / pre)
+        assert AutoTokenizer.from_pretrained(tmp_path / pre)("zebra").input_ids == expected
+
+
 def test_sentencepiece_tokenizer(tmp_path):
     """A vocabulary of the llama kind goes through transformers' own conversion; merges follow the scores."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁a", "ab", "▁ab", "a", "b", "▁"]

@@ -41,7 +41,8 @@ def configs(draw, family: str) -> dict:
     hf = {
         "model_type": family, "vocab_size": VOCAB, "hidden_size": kv * group * draw(st.sampled_from([8, 16])),
         "intermediate_size": draw(st.sampled_from([12, 20])), "num_hidden_layers": layers,
-        "num_attention_heads": kv * group, "num_key_value_heads": kv, "head_dim": 2 * half, "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu"])),
+        "num_attention_heads": kv * group, "num_key_value_heads": kv, "head_dim": 2 * half,
+        "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu", "gelu_pytorch_tanh", "relu"])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])), "max_position_embeddings": draw(st.sampled_from([8, 16, 64])),
         "tie_word_embeddings": draw(st.booleans()), "rope_parameters": draw(ropes(half)), "pad_token_id": draw(st.sampled_from([None, 3])),
     }

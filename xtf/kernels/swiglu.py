@@ -2,9 +2,36 @@
 import torch
 import torch.nn.functional as F
 
+from xtf.kernels import functorch_active
+
 Tensor = torch.Tensor
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, of any one shape."""
-    return F.silu(gate) * up
+    """`silu(gate) * up`, elementwise. Saves its two inputs for backward and nothing else: silu(gate) is computed again there.
+
+    Source: Shazeer, arXiv 2002.05202, eq. 6. Raises ValueError if the shapes or dtypes differ.
+
+    >>> swiglu(torch.tensor([0.0, 100.0]), torch.tensor([5.0, 2.0])).tolist()
+    [0.0, 200.0]
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+    if torch.compiler.is_compiling() or functorch_active():
+        return F.silu(gate) * up
+    return _Swiglu.apply(gate, up)  # type: ignore[return-value]
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        gate, up = ctx.saved_tensors
+        dgate = g * up
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        return dgate, F.silu(gate).mul_(g)

@@ -8,6 +8,7 @@ from xtf import tree
 from xtf.ops import LOCAL, Ops
 from xtf.optim.core import Optimizer, Taken
 from xtf.optim.schedules import Schedule
+from xtf.optim.walk import align, rebuild
 from xtf.parallel.collectives import like, local
 
 Mask = Callable[[str, torch.Tensor], bool]
@@ -38,74 +39,63 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
-        stored, treedef = tree.flatten(params)
-        gs, ms, vs = (_leaves_like(treedef, what, x) for what, x in (("gradients", grads), ("state m", state["m"]), ("state v", state["v"])))
-        decays = [True] * len(stored) if mask is None else [mask(path, p) for path, p in tree.flatten_with_path(params)]
+        leaves = align("adamw", params, grads, state["m"], state["v"])
         rate = float(lr(state["step"])) if callable(lr) else lr
-        step = state["step"] + 1
-        updates: list[Any] = [None] * len(stored)
+        step, taken = state["step"] + 1, Taken()
         jobs: dict[tuple, list[tuple]] = {}
-        taken = Taken()
-        for i, (g, p, m, v, decay) in enumerate(zip(gs, stored, ms, vs, decays, strict=True)):
+        out = []
+        for path, p, g, m, v in leaves:
             if g is None:
+                out.append((None, m, v))
                 continue
             if m is None or g.shape != p.shape:
-                path = tree.flatten_with_path(params)[i][0]
                 raise ValueError(f"adamw: {path} has a gradient of shape {tuple(g.shape)}, but " + (
                     "its moments are None: it was frozen at init; init the optimizer again" if m is None else f"its parameter has {tuple(p.shape)}"))
-            old = local(m).contiguous(), local(v).contiguous()
-            new = old if ops.donate else (torch.empty_like(old[0]), torch.empty_like(old[1]))
-            u = taken.own(local(g), old[0].dtype)
-            updates[i], ms[i], vs[i] = like(u, m), like(new[0], m), like(new[1], v)
+            decay = -rate * weight_decay * (mask is None or mask(path, p))
+            old_m, old_v = local(m).contiguous(), local(v).contiguous()
+            new_m, new_v = (old_m, old_v) if ops.donate else (torch.empty_like(old_m), torch.empty_like(old_v))
+            u = taken.own(local(g), old_m.dtype)
+            out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
-                flat = [x.view(-1) for x in (u, local(p).contiguous(), *old, *new)]
-                jobs.setdefault((u.device, u.dtype), []).append((-rate * weight_decay * decay, *flat))
-        for (device, dtype), leaves in jobs.items():
-            _adamw(leaves, device, dtype, int(step), ops.donate, lr=rate, beta1=b1, beta2=b2, eps=eps)
-        return tree.unflatten(updates, treedef), {"step": step, "m": tree.unflatten(ms, treedef), "v": tree.unflatten(vs, treedef)}
+                jobs.setdefault((u.device, u.dtype), []).append((decay, u, local(p), old_m, old_v, new_m, new_v))
+        for (device, _), job in jobs.items():
+            _adamw(job, device, int(step), ops.donate, lr=rate, beta1=b1, beta2=b2, eps=eps)
+        updates, ms, vs = (rebuild(params, column) for column in zip(*out, strict=True))
+        return updates, {"step": step, "m": ms, "v": vs}
     return Optimizer(init, update)
 
 
-def _adamw(leaves: list[tuple], device: torch.device, dtype: torch.dtype, step: int, donate: bool, **numbers: Any) -> None:
-    """Leaves are (decay, u, p, old m, old v, new m, new v), flat; `u` holds the gradient and becomes the update.
+def _adamw(leaves: list[tuple], device: torch.device, step: int, donate: bool, **numbers: Any) -> None:
+    """Leaves are (decay, u, p, old m, old v, new m, new v); `u` holds the gradient and becomes the update.
 
-    The update starts as the decay, and torch's fused kernel, given it for a parameter, takes Adam's part off it.
+    In a few MB of scratch the update starts as the decay; torch's fused kernel, given it for a parameter, takes Adam's part off it.
     """
-    limit = 1 << 19 if device.type == "cpu" else 1 << 26
-    scratch = torch.empty(min(limit, sum(u.numel() for _, u, *_ in leaves)), dtype=dtype, device=device)
     count = torch.full((), step, dtype=torch.float32, device=device)
-    for decay, us, ps, old_ms, old_vs, ms, vs in _buckets(leaves, limit):
-        gs = scratch[:sum(u.numel() for u in us)].split([u.numel() for u in us])
-        torch._foreach_copy_(gs, us)
-        torch._foreach_copy_(us, ps)
-        torch._foreach_mul_(us, decay)
+    for decay, us, ps, old_ms, old_vs, ms, vs in _buckets(leaves, limit=1 << 19 if device.type == "cpu" else 1 << 26):
         if not donate:
             torch._foreach_copy_(ms + vs, old_ms + old_vs)
-        torch._fused_adamw_(us, gs, ms, vs, [], [count] * len(us), weight_decay=0.0, amsgrad=False, maximize=False, **numbers)
+        scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], decay)
+        torch._fused_adamw_(scratch, us, ms, vs, [], [count] * len(us), weight_decay=0.0, amsgrad=False, maximize=False, **numbers)
+        torch._foreach_copy_(us, scratch)
 
 
-def _buckets(leaves: list[tuple], limit: int) -> Iterator[list[list]]:
-    """The leaves' tensors cut into pieces, and pieces put together, so that `limit` elements of each are worked on at a time."""
+def _buckets(leaves: list[tuple], limit: int) -> Iterator[tuple[list, ...]]:
+    """Large leaves cut into flat pieces, small ones put together, so that about `limit` elements of each kind are worked on at a time."""
     bucket, size = [], 0
-    for decay, *tensors in leaves:
-        for piece in zip(*(x.split(limit) for x in tensors), strict=True):
-            if bucket and size + piece[0].numel() > limit:
-                yield [list(column) for column in zip(*bucket, strict=True)]
+    for leaf in leaves:
+        decay, u, *_ = leaf
+        cut = [leaf] if u.numel() <= limit else [(decay, *piece) for piece in zip(*(x.reshape(-1).split(limit) for x in leaf[1:]), strict=True)]
+        for piece in cut:
+            bucket.append(piece)
+            size += piece[1].numel()
+            if size >= limit:
+                yield tuple(map(list, zip(*bucket, strict=True)))
                 bucket, size = [], 0
-            bucket.append((decay, *piece))
-            size += piece[0].numel()
     if bucket:
-        yield [list(column) for column in zip(*bucket, strict=True)]
+        yield tuple(map(list, zip(*bucket, strict=True)))
 
 
 def _moment(p: torch.Tensor) -> torch.Tensor | None:
     if not p.requires_grad:
         return None
     return torch.zeros_like(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format)
-
-
-def _leaves_like(treedef: Any, what: str, values: tree.Tree) -> list:
-    leaves, other = tree.flatten(values)
-    if other != treedef:
-        raise ValueError(f"adamw: {what} and parameters differ in structure:\n{other}\n{treedef}")
-    return leaves

@@ -5,6 +5,7 @@ import torch
 
 from xtf import tree
 from xtf.ops import LOCAL, Ops
+from xtf.optim.walk import align, rebuild
 from xtf.parallel.collectives import like, local
 
 
@@ -70,13 +71,12 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
 
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
         norm = ops.norm(grads).double()
-        stored, treedef = tree.flatten(grads)
-        taken = Taken()
-        parts = [None if g is None else taken.own(local(g)) for g in stored]
+        leaves, taken = [g for _, g in align("clip_by_global_norm", grads)], Taken()
+        parts = [None if g is None else taken.own(local(g)) for g in leaves]
         present = [x for x in parts if x is not None]
         if present:
             torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
-        return tree.unflatten([None if x is None else like(x, g) for x, g in zip(parts, stored, strict=True)], treedef), {"norm": norm}
+        return rebuild(grads, [None if x is None else like(x, g) for x, g in zip(parts, leaves, strict=True)]), {"norm": norm}
     return Optimizer(init, update)
 
 
@@ -111,16 +111,13 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -
     >>> apply_updates({"w": torch.ones(2), "frozen": torch.ones(1)}, {"w": torch.full((2,), -0.5), "frozen": None})
     {'w': tensor([0.5000, 0.5000]), 'frozen': tensor([1.])}
     """
-    (stored, treedef), (deltas, other) = tree.flatten(params), tree.flatten(updates)
-    if treedef != other:
-        raise ValueError(f"apply_updates: updates have another structure than params:\n{other}\n{treedef}")
-    moved = [i for i, u in enumerate(deltas) if u is not None]
-    old, add = [local(stored[i]).detach() for i in moved], [local(deltas[i]) for i in moved]
+    leaves = align("apply_updates", params, updates)
+    moved = [(p, local(p).detach(), local(u)) for _, p, u in leaves if u is not None]
     if not moved:
         return params
+    old, add = [p for _, p, _ in moved], [u for *_, u in moved]
     if donate:
         torch._foreach_add_(old, add)
     new = old if donate else torch._foreach_add(old, add)
-    for i, x, was in zip(moved, new, old, strict=True):
-        stored[i] = like(x.to(was.dtype), stored[i]).requires_grad_(stored[i].requires_grad)
-    return tree.unflatten(stored, treedef)
+    sums = iter([like(x.to(p.dtype), p).requires_grad_(p.requires_grad) for x, (p, *_) in zip(new, moved, strict=True)])
+    return rebuild(params, [p if u is None else next(sums) for _, p, u in leaves])

@@ -1,0 +1,318 @@
+"""Our training step beside a plain transformers loop on this processor: `make bench`, or `python benchmarks/cpu.py --quick` for minutes.
+
+Every case is a process of its own that stays loaded and runs one step when told; a round runs each case once, on the same tokens, one
+at a time. All times are medians over rounds, and a ratio is the median of the ratios within a round, so that a machine which other
+people use too slows both sides alike. Each group compares like with like; what is compared stands in loops.py.
+"""
+import argparse
+import ctypes
+import datetime
+import gc
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from loops import Case, Shape, Step, flops, make, ragged
+from rich.console import Console
+from rich.table import Table
+
+from xtf import device
+
+TINY = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim=16, vocab=64)
+THIN = Shape(hidden=64, intermediate=128, layers=28, heads=4, kv_heads=2, head_dim=16, vocab=512)
+MEMORY = ("resident: VmHWM of one step after warm-up, less resident memory before the model is made (after a step of a tiny one), less parameters, "
+          "gradients and moments. tensors: the most bytes of tensors that a step holds over those before it (torch.profiler), less gradients.")
+FLOPS = "6 × matmul weights (head included, lookup not) × tokens + 12 × heads × head_dim × layers × causal pairs in documents"
+PEAK = "torch.mm 1024³, in the dtype of the products, best of 5 in each round"
+
+
+SERVER = multiprocessing.get_context("forkserver")                 # libraries are imported once, and no thread is alive when a child is made
+SERVER.set_forkserver_preload(["loops", "transformers.models.qwen3.modeling_qwen3"])
+
+
+class Group(NamedTuple):
+    """What is compared: cases, and the tokens that all of them get (`whole`: one document a pack)."""
+    title: str
+    cases: list[Case]
+    shape: Shape
+    packs: int
+    seq_len: int
+    whole: bool = False
+    host: bool = False                                             # time outside kernels is what counts: memory and peak say nothing
+
+
+def groups(args: argparse.Namespace) -> list[Group]:
+    hf = lambda *how, **more: Case("transformers", *how, **more)
+    ours = [Case(), Case(compile="layers")]
+    some = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "packs", "documents", "chunked")]
+    many = [
+        hf("fp32", "flat", "sdpa", "full"), hf("fp32", "rows", "sdpa", "full"), hf("fp32", "packs", "sdpa", "full"),
+        hf("fp32", "flat", "documents", "full"), hf("fp32", "flat", "documents", "chunked"), hf("fp32", "packs", "documents", "chunked"),
+        hf("fp32", "rows", "sdpa", "full", "layers"), hf("fp32", "rows", "sdpa", "full", "model"), hf("fp32", "packs", "documents", "chunked", "layers"),
+        hf("fp32", "packs", "documents", "chunked", keep_pages=True), hf("fp32", "packs", "documents", "chunked", "layers", keep_pages=True)]
+    thin = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "rows", "documents", "full"), hf("fp32", "rows", "sdpa", "full", "layers")]
+    whole = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "rows", "sdpa", "full", "layers")]
+    if args.toy:
+        return [Group("fp32", [*some, Case()], TINY, 2, 32), Group("host time", [thin[0], Case()], THIN._replace(layers=2), 1, 16, host=True)]
+    if args.quick:
+        return [Group("fp32", [*some, Case()], Shape(), args.packs, args.seq_len),
+                Group("host time", [*thin[:2], Case()], THIN, 1, 16, host=True)]
+    as_dtype = lambda cases, dtype: [c._replace(dtype=dtype) for c in cases]
+    made = [Group("fp32", [*many, *ours], Shape(), args.packs, args.seq_len),
+            Group("fp32, one document a pack", [*whole, *ours], Shape(), args.packs, args.seq_len, whole=True),
+            Group("host time", [*thin, *ours], THIN, 1, 16, host=True)]
+    if device.native_bf16():                                       # elsewhere theirs runs at a hundredth of the speed
+        titles = {"masters": "bf16 over fp32 masters", "bf16": "pure bf16"}
+        made[1:1] = [Group(title, as_dtype([*many, *ours], dtype), Shape(), args.packs, args.seq_len) for dtype, title in titles.items()]
+    return [g for g in made if args.only in g.title]
+
+
+# ---------------------------------------------------------------- one case, in its own process
+
+def child(pipe: Any, case: Case | None, group: Group, threads: int) -> None:
+    """Answer commands: ("step", seed), ("memory", seed), ("profile", seed) and None, the end. `case=None` measures the product peak.
+
+    Every answer is (True, value) or (False, what went wrong).
+    """
+    torch.set_num_threads(threads)
+    try:
+        run = _peak(group) if case is None else _runner(case, group)
+        pipe.send((True, None))
+        while (command := pipe.recv()) is not None:
+            pipe.send((True, run(*command)))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+
+
+def _runner(case: Case, group: Group) -> Any:
+    import transformers
+    transformers.logging.set_verbosity_error()
+    make(case, TINY)(ragged(TINY, 1, 16, 0))                       # whatever is loaded at a first step is loaded
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    step = make(case, group.shape)
+    weights = sum(math.prod(p) for p in _shapes(group.shape))
+    gradients = weights * case.weights.itemsize
+    moments = 2 * weights * (4 if case.who == "xtf" else case.weights.itemsize)
+
+    def run(what: str, seed: int) -> Any:
+        batch = ragged(group.shape, group.packs, group.seq_len, seed, group.whole)
+        if what == "step":
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss = step(batch)
+            return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "loss": loss,
+                    "flops": flops(group.shape, batch)}
+        if what == "profile":
+            return _profile(step, batch)
+        Path("/proc/self/clear_refs").write_text("5")              # VmHWM starts again
+        step(batch)
+        return {"resident": _status("VmHWM") - before - 2 * gradients - moments, "tensors": _tensors(step, batch) - gradients}
+    return run
+
+
+def _peak(group: Group) -> Any:
+    a, b, out = torch.randn(3, 1024, 1024).to(torch.float32 if group.cases[0].dtype == "fp32" else torch.bfloat16)
+
+    def run(what: str, seed: int) -> dict:
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            times.append(time.perf_counter() - start)
+        return {"flops_per_s": 2 * 1024**3 / min(times[1:])}
+    return run
+
+
+def _shapes(shape: Shape) -> list[tuple[int, ...]]:
+    from xtf import tree
+    from xtf.models import qwen3
+    return [p.shape for p in tree.leaves(qwen3.specs(qwen3.config(shape.config())))]
+
+
+def _status(field: str) -> int:
+    """Bytes, from /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def _tensors(step: Step, batch: Any) -> int:
+    """The most bytes of tensors alive at once in a step, over those alive before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        step(batch)
+    events = p.profiler.kineto_results.events()                    # type: ignore[union-attr]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    return max(itertools.accumulate(sizes), default=0)
+
+
+def _profile(step: Step, batch: Any) -> list[tuple[str, int, float]]:
+    """(operator, calls, its share of the time spent in operators), largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        step(batch)
+    rows = [(e.key, e.count, e.self_cpu_time_total) for e in p.key_averages()]
+    total = sum(t for *_, t in rows)
+    return sorted(((name, count, t / total) for name, count, t in rows), key=lambda r: -r[2])[:25]
+
+
+# ---------------------------------------------------------------- all cases of a group, interleaved
+
+class Child:
+    """A case's process. `failed` says why it is gone."""
+
+    def __init__(self, case: Case | None, group: Group, threads: int):
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = SERVER.Process(target=child, args=(theirs, case, group, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.failed = ""
+        self.steps: list[dict] = []
+
+    def receive(self) -> Any:
+        if self.failed:
+            return None
+        try:
+            ok, value = self.pipe.recv()
+        except EOFError:
+            ok, value = False, f"the process ended with status {self.process.exitcode}; out of memory?"
+        if not ok:
+            self.failed = value
+        return value if ok else None
+
+    def ask(self, *command: Any) -> Any:
+        if not self.failed:
+            self.pipe.send(command)
+        return self.receive()
+
+    def end(self) -> None:
+        if not self.failed:
+            self.pipe.send(None)
+        self.process.join()
+
+
+def measure(group: Group, args: argparse.Namespace) -> dict:
+    """Rounds over all cases; returns the group's rows, ready for the table and for JSON."""
+    children = [Child(case, group, args.threads) for case in group.cases]
+    peak = Child(None, group, args.threads)
+    everyone = [peak, *children]
+    for c in everyone:
+        c.receive()                                                # loaded
+    rounds = args.rounds * (5 if group.host else 1)
+    for i in range(-args.warmup, rounds):
+        for c in everyone if i % 2 else everyone[::-1]:
+            result = c.ask("step", i)
+            if result is not None and (i >= 0 or i == -args.warmup):
+                c.steps.append(result)
+        if group.host or i < 0 or args.toy:
+            continue
+        print(f"  {group.title}: round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+    rows = []
+    for case, c in zip(group.cases, children, strict=True):
+        memory = None if group.host else c.ask("memory", 0)
+        profile = c.ask("profile", 0) if args.profile and case.who == "xtf" else None
+        first, *steps = c.steps or [None]
+        if c.failed or first is None:
+            rows.append({"case": case.name, **case._asdict(), "failed": c.failed})
+            continue
+        rates = [p["flops_per_s"] for p in peak.steps[1:]]
+        rows.append({"case": case.name, **case._asdict(), "first_loss": first["loss"], "memory": memory, "profile": profile,
+                     "seconds": [s["seconds"] for s in steps], "cpu_seconds": [s["cpu_seconds"] for s in steps],
+                     "tokens_per_s": statistics.median(group.packs * group.seq_len / s["seconds"] for s in steps),
+                     "of_peak": statistics.median(s["flops"] / s["seconds"] / r for s, r in zip(steps, rates, strict=True))})
+    for c in everyone:
+        c.end()
+    result = {"group": group.title, "shape": group.shape._asdict(), "tokens": group.packs * group.seq_len, "seq_len": group.seq_len, "host": group.host,
+              "peak_flops_per_s": statistics.median(p["flops_per_s"] for p in peak.steps[1:]), "rows": rows}
+    return result | {"compared": compare(rows)}
+
+
+def compare(rows: list[dict]) -> dict | None:
+    """Our fastest case against their fastest, with their own allocator setting and with ours, and memory against theirs."""
+    fit = [r for r in rows if "failed" not in r]
+    ours, theirs = ([r for r in fit if (r["who"] == "xtf") == mine] for mine in (True, False))
+    if not ours or not theirs:
+        return None
+    fastest = lambda rows: min(rows, key=lambda r: statistics.median(r["seconds"]))
+    best = fastest(ours)
+    out: dict[str, Any] = {"ours": best["case"]}
+    for name, among in (("speed", [r for r in theirs if not r["keep_pages"]]), ("speed_with_our_allocator", theirs)):
+        if among:
+            peer = fastest(among)
+            paired = lambda what, peer=peer: statistics.median(t / o for o, t in zip(best[what], peer[what], strict=True))
+            out[name] = {"theirs": peer["case"], "ratio": paired("seconds"), "cpu_ratio": paired("cpu_seconds")}
+    if best["memory"]:
+        for name, peer in (("fastest", fastest(theirs)), ("smallest", min(theirs, key=lambda r: r["memory"]["resident"]))):
+            out[f"memory_{name}"] = {"theirs": peer["case"], **{k: best["memory"][k] / peer["memory"][k] for k in ("resident", "tensors")}}
+    losses = [r["first_loss"] for r in fit]
+    out["loss_spread"] = (max(losses) - min(losses)) / abs(losses[0])
+    return out
+
+
+# ---------------------------------------------------------------- what is shown
+
+def show(console: Console, result: dict) -> None:
+    scale, unit = (1e3, "ms") if result["host"] else (1, "s")
+    table = Table(title=f"{result['group']}: {result['tokens']} tokens in packs of {result['seq_len']}, product peak "
+                        f"{result['peak_flops_per_s'] / 1e9:.0f} GFLOP/s", title_justify="left")
+    for head in ("case", f"{unit} a step", f"CPU {unit}", "tokens/s", "of peak", "resident MB", "tensors MB", "first loss"):
+        table.add_column(head, justify="left" if head == "case" else "right")
+    for r in sorted(result["rows"], key=lambda r: statistics.median(r.get("seconds", [math.inf]))):
+        if "failed" in r:
+            table.add_row(r["case"], "failed: " + r["failed"].strip().splitlines()[-1])
+            continue
+        memory = ["", ""] if r["memory"] is None else [f"{r['memory'][k] / 1e6:,.0f}" for k in ("resident", "tensors")]
+        table.add_row(r["case"], f"{scale * statistics.median(r['seconds']):.3f}", f"{scale * statistics.median(r['cpu_seconds']):.3f}",
+                      f"{r['tokens_per_s']:,.0f}", "" if result["host"] else f"{r['of_peak']:.2f}", *memory, f"{r['first_loss']:.5f}",
+                      style="bold" if r["who"] == "xtf" else "")
+    console.print(table)
+    for name, value in (result["compared"] or {}).items():
+        text = value if not isinstance(value, dict) else "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"({v})" for k, v in value.items())
+        console.print(f"  {name.replace('_', ' ')}: {text}", highlight=False)
+    for r in result["rows"]:
+        for op, calls, share in r.get("profile") or []:
+            console.print(f"  {r['case']}: {share:6.1%} {calls:6} {op}", highlight=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few cases, fp32 alone, nothing compiled")
+    parser.add_argument("--toy", action="store_true", help="seconds: a tiny model, to see that everything runs")
+    parser.add_argument("--only", default="", help="groups whose title contains this")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (5 times as many where only host time is measured)")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--packs", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--profile", action="store_true", help="where our time goes, by operator")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"cpu-{datetime.date.today()}.json")
+    args = parser.parse_args(argv)
+    if device.device().type != "cpu":
+        parser.error("this machine has an accelerator; use benchmarks/gpu.py, or hide it")
+    import transformers
+    torch.set_num_threads(args.threads)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")    # the children's: idle pools would take time from the others
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__, "transformers": transformers.__version__,
+                              "threads": args.threads, "rounds": args.rounds, "memory": MEMORY, "flops": FLOPS, "peak": PEAK, "groups": []}
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}", highlight=False)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for group in groups(args):
+        report["groups"].append(measure(group, args))
+        show(console, report["groups"][-1])
+        args.out.write_text(json.dumps(report, indent=1))
+    console.print(f"memory: {MEMORY}\nflops: {FLOPS}\npeak: {PEAK}\n{args.out}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

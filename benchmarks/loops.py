@@ -1,0 +1,224 @@
+"""What is compared: a training step of ours, as the recipes write it, and of transformers, as its users write it.
+
+Both start from one set of weights and read the same packed tokens. A step is a function of a batch that returns the loss, a number.
+"""
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import xtf
+from xtf import device, tree
+from xtf.data.batch import Batch, Sample, pack, stack
+from xtf.models import qwen3
+from xtf.optim import adamw, chain, clip_by_global_norm
+from xtf.transforms import bf16, jit
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+Step = Callable[[Batch], float]
+ADAMW = {"lr": 1e-4, "weight_decay": 0.1}
+LOSS_CHUNK = 256                # tokens of a chunk of transformers' chunked loss
+
+
+class Shape(NamedTuple):
+    """A Qwen3's sizes."""
+    hidden: int = 512
+    intermediate: int = 1536
+    layers: int = 12
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    vocab: int = 24576
+
+    def config(self) -> dict:
+        """As config.json has it."""
+        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
+
+
+class Case(NamedTuple):
+    """One way to train. `dtype`: fp32, masters (fp32 weights, bf16 products) or bf16 (weights too; our moments stay fp32).
+
+    For transformers alone. `layout`: flat (all packs end to end in one row), rows (a row for each pack), packs (a row at a time, gradients
+    accumulated). `attention`: sdpa (block-diagonal mask made from position_ids), documents (a causal call of sdpa for each, no mask), varlen
+    (flash attention over varying lengths, CUDA). `loss`: full (all logits at once), chunked (chunks, checkpointed). `compile`: none, layers, model.
+    """
+    who: str = "xtf"
+    dtype: str = "fp32"
+    layout: str = "packs"
+    attention: str = ""
+    loss: str = ""
+    compile: str = "none"
+    keep_pages: bool = False
+
+    @property
+    def name(self) -> str:
+        how = [f"compile {self.compile}"] * (self.compile != "none") + ["our allocator setting"] * self.keep_pages
+        if self.who == "xtf":
+            return ", ".join(["xtf", *how])
+        return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss", *how])
+
+    @property
+    def weights(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+def ragged(shape: Shape, packs: int, seq_len: int, seed: int, whole: bool = False) -> Batch:
+    """Full packs of random tokens, in documents of ragged lengths (log-normal, a third of the pack in the median), or one a pack if `whole`."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(packs):
+        lengths = [seq_len] if whole else []
+        while sum(lengths) < seq_len:
+            drawn = int((torch.randn((), generator=g) * 0.7).exp() * seq_len / 3)
+            lengths.append(min(max(drawn, 8), seq_len - sum(lengths)))
+        rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), [1] * n) for n in lengths])
+    return stack([pack(row, seq_len, max_documents=seq_len // 8 + 1) for row in rows])
+
+
+def lengths(batch: Batch) -> list[int]:
+    """Tokens of each document."""
+    return [n for n in batch.segments.diff(dim=1).flatten().tolist() if n]
+
+
+def flops(shape: Shape, batch: Batch) -> float:
+    """Of a training step: 6 × matmul weights (head included) × tokens + 12 × heads × head_dim × layers × (query, key) pairs seen."""
+    return 3 * qwen3.flops(qwen3.config(shape.config()), lengths(batch))
+
+
+def weights(shape: Shape, case: Case) -> tree.Tree:
+    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(), xtf.init(qwen3.specs(qwen3.config(shape.config()), case.weights)))
+
+
+def make(case: Case, shape: Shape) -> Step:
+    if case.keep_pages or case.who == "xtf":                      # recipes start with it
+        device.keep_pages()
+    return (ours if case.who == "xtf" else theirs)(case, shape)
+
+
+def ours(case: Case, shape: Shape) -> Step:
+    cfg = qwen3.config(shape.config())
+    tx = chain(clip_by_global_norm(1.0), adamw(**ADAMW))
+
+    def train_step(state, batch, ops=xtf.LOCAL):
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+
+        def share(params, batch, ops):
+            return qwen3.loss(params, batch, cfg, ops) / num_tokens
+        loss, grads = xtf.microbatch(xtf.value_and_grad(share), len(batch.input_ids))(state.params, batch, ops)
+        updates, opt = tx.update(grads, state.opt, state.params, ops)
+        return state.apply(updates, opt), {"loss": loss}
+
+    transforms = [jit(compile=case.compile != "none")] + [bf16()] * (case.dtype == "masters")
+    step = xtf.shard(train_step, *transforms, specs=qwen3.specs(cfg, case.weights))
+    params = weights(shape, case)
+    state = xtf.TrainState.create(params, tx.init(params))
+    del params                                                    # the state's alone, so that donation frees what it replaces
+
+    def run(batch: Batch) -> float:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
+    return run
+
+
+def theirs(case: Case, shape: Shape) -> Step:
+    model = hf_model(case, shape).train()
+    forward = torch.compile(model, dynamic=False) if case.compile == "model" else model
+    for layer in model.model.layers if case.compile == "layers" else ():
+        layer.compile(dynamic=False)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), fused=True, **ADAMW)
+    kind = device.device().type
+
+    def run(batch: Batch) -> float:
+        total = torch.zeros((), device=batch.input_ids.device)
+        num_tokens = batch.loss_mask.sum()
+        for inputs, labels in hf_inputs(case, batch):
+            with torch.autocast(kind, torch.bfloat16, enabled=case.dtype == "masters"):
+                if case.loss == "full":
+                    loss = forward(**inputs, labels=labels, num_items_in_batch=num_tokens).loss
+                else:
+                    loss = chunked_loss(model.model(**inputs).last_hidden_state, model.lm_head.weight, labels) / num_tokens
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(total)
+    return run
+
+
+def hf_model(case: Case, shape: Shape) -> Any:
+    """transformers' model with our initial weights."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+    if case.attention != "sdpa":
+        register(case.attention)
+    cfg = qwen3.config(shape.config())
+    names = qwen3.names(cfg)
+    with torch.device(device.device()):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape.config()), attn_implementation=case.attention, dtype=case.weights)
+    model.load_state_dict({names[path]: p.detach() for path, p in tree.flatten_with_path(weights(shape, case))}, strict=False)
+    return model
+
+
+def hf_inputs(case: Case, batch: Batch) -> list[tuple[dict, torch.Tensor]]:
+    """(arguments, labels) of each forward; transformers shifts labels itself, so a document's first token is what must not be predicted."""
+    labels = batch.input_ids.masked_fill(batch.positions == 0, -100)
+    parts = [(batch.input_ids, batch.positions, labels, batch)]
+    if case.layout == "flat":
+        parts = [(*(x.flatten()[None] for x in parts[0][:3]), batch)]
+    if case.layout == "packs":
+        split = [tree.tree_map(lambda x, i=i: x[i:i + 1], batch) for i in range(len(batch.input_ids))]
+        parts = [(b.input_ids, b.positions, labels[i:i + 1], b) for i, b in enumerate(split)]
+    out = []
+    for ids, positions, answers, b in parts:
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        if case.attention == "documents":
+            inputs["documents"] = lengths(b)
+        if case.attention == "varlen":                            # as many as there may be, so that shapes stay
+            starts = torch.arange(0, ids.numel(), b.input_ids.shape[1], device=ids.device, dtype=torch.int32)[:, None]
+            ends = F.pad((b.segments[:, :-1] + starts).flatten(), (0, 1), value=ids.numel())
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": b.input_ids.shape[1], "max_length_k": b.input_ids.shape[1]}
+        out.append((inputs, answers))
+    return out
+
+
+def chunked_loss(x_PTD: torch.Tensor, weight_VD: torch.Tensor, labels_PT: torch.Tensor) -> torch.Tensor:
+    """The sum of nll, logits made by chunk and again in backward."""
+    def nll(x, y):
+        return F.cross_entropy(F.linear(x, weight_VD).float(), y, ignore_index=-100, reduction="sum")
+    x_TD, labels_T = x_PTD.flatten(0, 1), F.pad(labels_PT[:, 1:], (0, 1), value=-100).flatten()
+    parts: list[Any] = [checkpoint(nll, x, y, use_reentrant=False) for x, y in zip(x_TD.split(LOSS_CHUNK), labels_T.split(LOSS_CHUNK), strict=True)]
+    return torch.stack(parts).sum()
+
+
+def register(name: str) -> None:
+    """Give transformers attention over packed documents that needs no mask, as a user who knows it would."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    AttentionInterface.register(name, {"documents": _documents, "varlen": _varlen}[name])
+
+
+@torch.compiler.disable                                           # lengths change with every batch: compiled, each would be compiled anew
+def _documents(module, q, k, v, mask, scaling=None, documents=(), **_):
+    parts = zip(*(x.split(documents, 2) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in parts], 2).transpose(1, 2), None
+
+
+def _varlen(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q=0, **_):
+    assert varlen_attn is not None
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    options = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:                                                         # torch 2.11
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)[None], None
