@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loops import Case, Shape, Step, flops, make, ragged
+from loops import FLOPS, Case, Shape, Step, flops, make, num_params, ragged
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +32,6 @@ TINY = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim
 THIN = Shape(hidden=64, intermediate=128, layers=28, heads=4, kv_heads=2, head_dim=16, vocab=512)
 MEMORY = ("resident: VmHWM of one step after warm-up, less resident memory before the model is made (after a step of a tiny one), less parameters, "
           "gradients and moments. tensors: the most bytes of tensors that a step holds over those before it (torch.profiler), less gradients.")
-FLOPS = "6 × matmul weights (head included, lookup not) × tokens + 12 × heads × head_dim × layers × causal pairs in documents"
 PEAK = "torch.mm 1024³, in the dtype of the products, best of 5 in each round"
 
 
@@ -52,28 +51,24 @@ class Group(NamedTuple):
 
 
 def groups(args: argparse.Namespace) -> list[Group]:
-    hf = lambda *how, **more: Case("transformers", *how, **more)
-    ours = [Case(), Case(compile="layers")]
-    some = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "packs", "documents", "chunked")]
-    many = [
-        hf("fp32", "flat", "sdpa", "full"), hf("fp32", "rows", "sdpa", "full"), hf("fp32", "packs", "sdpa", "full"),
-        hf("fp32", "flat", "documents", "full"), hf("fp32", "flat", "documents", "chunked"), hf("fp32", "packs", "documents", "chunked"),
-        hf("fp32", "rows", "sdpa", "full", "layers"), hf("fp32", "rows", "sdpa", "full", "model"), hf("fp32", "packs", "documents", "chunked", "layers"),
-        hf("fp32", "packs", "documents", "chunked", keep_pages=True), hf("fp32", "packs", "documents", "chunked", "layers", keep_pages=True)]
-    thin = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "rows", "documents", "full"), hf("fp32", "rows", "sdpa", "full", "layers")]
-    whole = [hf("fp32", "rows", "sdpa", "full"), hf("fp32", "rows", "sdpa", "full", "layers")]
-    if args.toy:
-        return [Group("fp32", [*some, Case()], TINY, 2, 32), Group("host time", [thin[0], Case()], THIN._replace(layers=2), 1, 16, host=True)]
+    hf = lambda *how, **more: Case("transformers", "fp32", *how, **more)
+    tokens = (TINY, 2, 32) if args.toy else (Shape(), args.packs, args.seq_len)
+    thin = (THIN._replace(layers=2) if args.toy else THIN, 1, 16)
     if args.quick:
-        return [Group("fp32", [*some, Case()], Shape(), args.packs, args.seq_len),
-                Group("host time", [*thin[:2], Case()], THIN, 1, 16, host=True)]
-    as_dtype = lambda cases, dtype: [c._replace(dtype=dtype) for c in cases]
-    made = [Group("fp32", [*many, *ours], Shape(), args.packs, args.seq_len),
-            Group("fp32, one document a pack", [*whole, *ours], Shape(), args.packs, args.seq_len, whole=True),
-            Group("host time", [*thin, *ours], THIN, 1, 16, host=True)]
+        few = [hf("rows", "sdpa", "full"), hf("packs", "documents", "chunked"), Case()]
+        return [Group("fp32", few, *tokens), Group("host time", [few[0], Case()], *thin, host=True)]
+    ours = [Case(), Case(compile="layers")]
+    many = [
+        hf("flat", "sdpa", "full"), hf("rows", "sdpa", "full"), hf("packs", "sdpa", "full"),
+        hf("flat", "documents", "full"), hf("flat", "documents", "chunked"), hf("packs", "documents", "chunked"),
+        hf("rows", "sdpa", "full", "layers"), hf("rows", "sdpa", "full", "model"), hf("packs", "documents", "chunked", "layers"),
+        hf("packs", "documents", "chunked", keep_pages=True), hf("packs", "documents", "chunked", "layers", keep_pages=True), *ours]
+    made = [Group("fp32", many, *tokens),
+            Group("fp32, one document a pack", [hf("rows", "sdpa", "full"), hf("rows", "sdpa", "full", "layers"), *ours], *tokens, whole=True),
+            Group("host time", [hf("rows", "sdpa", "full"), hf("rows", "documents", "full"), hf("rows", "sdpa", "full", "layers"), *ours], *thin, host=True)]
     if device.native_bf16():                                       # elsewhere theirs runs at a hundredth of the speed
         titles = {"masters": "bf16 over fp32 masters", "bf16": "pure bf16"}
-        made[1:1] = [Group(title, as_dtype([*many, *ours], dtype), Shape(), args.packs, args.seq_len) for dtype, title in titles.items()]
+        made[1:1] = [Group(title, [c._replace(dtype=dtype) for c in many], *tokens) for dtype, title in titles.items()]
     return [g for g in made if args.only in g.title]
 
 
@@ -103,9 +98,9 @@ def _runner(case: Case, group: Group) -> Any:
         ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     step = make(case, group.shape)
-    weights = sum(math.prod(p) for p in _shapes(group.shape))
-    gradients = weights * case.weights.itemsize
-    moments = 2 * weights * (4 if case.who == "xtf" else case.weights.itemsize)
+    params = num_params(group.shape)
+    gradients = params * case.weights.itemsize
+    moments = 2 * params * (4 if case.who == "xtf" else case.weights.itemsize)
 
     def run(what: str, seed: int) -> Any:
         batch = ragged(group.shape, group.packs, group.seq_len, seed, group.whole)
@@ -133,12 +128,6 @@ def _peak(group: Group) -> Any:
             times.append(time.perf_counter() - start)
         return {"flops_per_s": 2 * 1024**3 / min(times[1:])}
     return run
-
-
-def _shapes(shape: Shape) -> list[tuple[int, ...]]:
-    from xtf import tree
-    from xtf.models import qwen3
-    return [p.shape for p in tree.leaves(qwen3.specs(qwen3.config(shape.config())))]
 
 
 def _status(field: str) -> int:
@@ -286,7 +275,7 @@ def show(console: Console, result: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few cases, fp32 alone, nothing compiled")
-    parser.add_argument("--toy", action="store_true", help="seconds: a tiny model, to see that everything runs")
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs (with --quick: seconds)")
     parser.add_argument("--only", default="", help="groups whose title contains this")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (5 times as many where only host time is measured)")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import xtf
-from xtf import device, tree
+from xtf import device, spec, tree
 from xtf.data.batch import Batch, Sample, pack, stack
 from xtf.models import qwen3
 from xtf.optim import adamw, chain, clip_by_global_norm
@@ -24,6 +24,7 @@ except ImportError:
 
 Step = Callable[[Batch], float]
 ADAMW = {"lr": 1e-4, "weight_decay": 0.1}
+FLOPS = "6 × matmul weights (head included, lookup not) × tokens + 12 × heads × head_dim × layers × (query, key) pairs that see each other"
 LOSS_CHUNK = 256                # tokens of a chunk of transformers' chunked loss
 
 
@@ -89,8 +90,13 @@ def lengths(batch: Batch) -> list[int]:
 
 
 def flops(shape: Shape, batch: Batch) -> float:
-    """Of a training step: 6 × matmul weights (head included) × tokens + 12 × heads × head_dim × layers × (query, key) pairs seen."""
+    """Of a training step, by the formula `FLOPS`; nothing that is computed twice counts twice."""
     return 3 * qwen3.flops(qwen3.config(shape.config()), lengths(batch))
+
+
+def num_params(shape: Shape) -> int:
+    """Stored numbers; the tied head counts once."""
+    return spec.num_params(qwen3.specs(qwen3.config(shape.config())))
 
 
 def weights(shape: Shape, case: Case) -> tree.Tree:

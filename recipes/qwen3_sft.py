@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(flags.steps):
             state, metrics = step(state, cli.on_device(loader.step(i, mesh)))
             log.step(i + 1, metrics, loader.documents(i))
-            if held_out and (i + 1 == flags.steps or flags.eval_every and (i + 1) % flags.eval_every == 0):
+            if held_out and (i + 1 == flags.steps or (flags.eval_every and (i + 1) % flags.eval_every == 0)):
                 log.evaluation(i + 1, held_out_loss())
     hf.save(Path(flags.out) / "hf", state.params, model.names(cfg), like=flags.model)
     cli.say(f"{flags.out}/hf: the model, as transformers loads it")

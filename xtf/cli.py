@@ -104,8 +104,8 @@ def start(flags: Flags) -> DeviceMesh | None:
     for axis in ("replicate", "dp", "ep"):
         ranks *= sizes.get(axis, 1)
     if packs % ranks:
-        raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which do not divide over the {ranks} ranks "
-                         "of replicate × dp × ep; change one of them")
+        raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which do not divide "
+                         f"over the {ranks} ranks of replicate × dp × ep; change one of them")
     return made
 
 
@@ -133,7 +133,8 @@ def samples(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[list[Sample]
 def on_device(values: tree.Tree) -> tree.Tree:
     """The tree on this process's device; DTensors are there already."""
     where = device.device()
-    return tree.tree_map(lambda x: x if x.device.type == where.type else x.detach().to(where, non_blocking=True).requires_grad_(x.requires_grad), values)
+    move = lambda x: x.detach().to(where, non_blocking=True).requires_grad_(x.requires_grad)
+    return tree.tree_map(lambda x: x if x.device.type == where.type else move(x), values)
 
 
 def say(text: str) -> None:

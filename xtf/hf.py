@@ -12,13 +12,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import safetensors_io as files
 from xtf import tree
 from xtf.layout import Place
+from xtf.parallel.collectives import local as local_part
+from xtf.parallel.mesh import tell_all
 from xtf.safetensors_io import Entry, Shape
 
 IGNORE = ("rotary_emb.inv_freq",)                                        # recomputed from the config by every model
@@ -185,7 +186,7 @@ def _part(name: str, x: torch.Tensor, mesh: DeviceMesh | None) -> tuple[Shape, t
     placements = (Replicate(),) * (0 if mesh is None else mesh.ndim)
     offset, local, copy, copies = (0,) * x.ndim, x.detach(), 0, 1
     if isinstance(x, DTensor):
-        mesh, placements, local = x.device_mesh, x.placements, x.to_local().detach()
+        mesh, placements, local = x.device_mesh, x.placements, local_part(x).detach()
         offset, size = Place(mesh, placements).box(tuple(x.shape))
         if size != tuple(local.shape) or not all(type(p) in (Shard, Replicate) for p in placements):
             raise ValueError(f"hf.save: {name} of shape {list(x.shape)} is placed {placements} with {list(local.shape)} here, not cut by whole "
@@ -234,12 +235,7 @@ def _together(mesh: DeviceMesh | None) -> Iterator[None]:
     except Exception as e:
         error = e
     if mesh is not None:
-        said = {mesh.get_rank(): None if error is None else f"{type(error).__name__}: {error}"}
-        for i in range(mesh.ndim):
-            group = mesh.get_group(i)
-            gathered: list = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, said, group=group)
-            said = {rank: text for part in gathered for rank, text in part.items()}
+        said = tell_all(mesh, None if error is None else f"{type(error).__name__}: {error}")
         failed = {rank: text for rank, text in said.items() if text is not None}
         if failed and error is None:
             error = RuntimeError("hf: another rank failed. " + "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items())))

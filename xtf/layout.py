@@ -94,7 +94,8 @@ def table(specs: tree.Tree, layout: tree.Tree | None = None) -> str:
         rows.setdefault((generic, p.shape, str(p.dtype).removeprefix("torch."), p.axes, where, p.trainable), []).append(
             math.prod(size) * p.dtype.itemsize)
     head = ("leaf", "count", "shape", "dtype", "axes", "placement", "bytes per rank")
-    body = [(name, str(len(sizes)), "×".join(map(str, shape)) or "scalar", dtype + ("" if trainable else " frozen"), ",".join(axes), where, f"{sum(sizes):,}")
+    body = [(name, str(len(sizes)), "×".join(map(str, shape)) or "scalar", dtype + ("" if trainable else " frozen"), ",".join(axes), where,
+             f"{sum(sizes):,}")
             for (name, shape, dtype, axes, where, trainable), sizes in rows.items()]
     body.append(("total", str(sum(map(len, rows.values()))), f"{sum(math.prod(p.shape) for p in tree.leaves(specs)):,}", "", "", "",
                  f"{sum(sum(s) for s in rows.values()):,}"))

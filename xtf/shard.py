@@ -78,13 +78,15 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
     transforms = tuple(sorted(transforms, key=lambda t: t.stage))
     names = [t.name for t in transforms]
     if len(set(names)) < len(names):
-        raise ValueError(f"shard: transforms {sorted(n for n in set(names) if names.count(n) > 1)} were given twice; give each once, with all its axes")
+        twice = sorted(n for n in set(names) if names.count(n) > 1)
+        raise ValueError(f"shard: transforms {twice} were given twice; give each once, with all its axes")
+    axes = M.axes(mesh)
     for t in transforms:
         for axis in (*t.store, *t.tokens):
-            if axis not in AXES and axis not in (mesh.mesh_dim_names or () if mesh is not None else ()):
+            if axis not in AXES and axis not in axes:
                 raise ValueError(f"shard: {t.name} names axis {axis!r}, but the mesh is {M.describe(mesh)}; known axes are {', '.join(AXES)}")
         specs = t.specs(specs)
-    tokens = tuple(a for a in (mesh.mesh_dim_names or () if mesh is not None else ()) if M.size(mesh, a) > 1 and (a in PACKS or any(a in t.tokens for t in transforms)))
+    tokens = tuple(a for a in axes if M.size(mesh, a) > 1 and (a in PACKS or any(a in t.tokens for t in transforms)))
     layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
     env = Env(mesh, tokens, layout, functools.partial(_cast, tuple(t.cast for t in transforms if t.cast)))
     ops = base_ops(env, transforms)
@@ -119,20 +121,21 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
                 raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} and {clash[1]} both claim "
                                  f"{f'mesh axis {axis!r}' if axis in claims else f'dim {p.axes[dim]!r}'}; drop one of them for this leaf")
             if p.shape[dim] % M.size(mesh, axis):
-                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} splits {p.axes[dim]!r} of {p.shape[dim]} over {axis}={M.size(mesh, axis)}, which does not divide it")
+                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} splits {p.axes[dim]!r} of {p.shape[dim]} over "
+                                 f"{axis}={M.size(mesh, axis)}, which does not divide it")
             claims[axis] = dim, t.name
     taken = {dim for dim, _ in claims.values()}
     free = [d for d in range(len(p.shape)) if d not in taken]
-    store = tuple(a for a in (mesh.mesh_dim_names or ()) if M.size(mesh, a) > 1 and a not in claims and any(a in t.store for t in transforms))
+    store = tuple(a for a in M.axes(mesh) if M.size(mesh, a) > 1 and a not in claims and any(a in t.store for t in transforms))
     if not free:
         store = ()
     m = M.flattened(mesh, store)
-    placements: list[Any] = [Shard(claims[n][0]) if n in claims else Replicate() for n in (m.mesh_dim_names or ())]
+    placements: list[Any] = [Shard(claims[n][0]) if n in claims else Replicate() for n in M.axes(m)]
     if store:
         ranks = m.size(0)
         placements[0] = Shard(next((d for d in free if p.shape[d] % ranks == 0), max(free, key=lambda d: p.shape[d])))
     partial = {a for t in transforms for a in t.partial(p)}
-    differ = [a for a in (mesh.mesh_dim_names or ()) if M.size(mesh, a) > 1 and (a in tokens or a in partial)]
+    differ = [a for a in M.axes(mesh) if M.size(mesh, a) > 1 and (a in tokens or a in partial)]
     return Place(m, tuple(placements), store, sums=tuple(a for a in differ if a not in store and a not in claims),
                  copies=math.prod(M.size(mesh, a) for a in store if a not in differ))
 
@@ -165,7 +168,8 @@ def base_ops(env: Env, transforms: tuple[Transform, ...]) -> Ops:
 
     def collect(grads: list, leaves: list) -> list:
         if len(grads) != len(places):
-            raise ValueError(f"value_and_grad: {len(grads)} parameters were passed, the layout has {len(places)}; differentiate the whole tree (freeze leaves in the specs instead)")
+            raise ValueError(f"value_and_grad: {len(grads)} parameters were passed, the layout has {len(places)}; "
+                             "differentiate the whole tree (freeze leaves in the specs instead)")
         jobs: dict[tuple, list[int]] = {}
         for i, (x, place) in enumerate(zip(leaves, places, strict=True)):
             if x.requires_grad:

@@ -158,11 +158,11 @@ def test_bf16_computes_in_bf16_and_updates_fp32_masters():
 
 def test_errors_of_shard_and_mesh():
     specs = outsider.specs()
-    with pytest.raises(ValueError, match="'remat'.* were given twice"):
+    with pytest.raises(ValueError, match=r"'remat'.* were given twice"):
         xtf.shard(outsider.step, remat(), remat(), specs=specs)
     with pytest.raises(ValueError, match="fsdp names axis 'pd', but the mesh is one process"):
         xtf.shard(outsider.step, fsdp("pd"), specs=specs)
-    with pytest.raises(ValueError, match="dp=4 needs 4 ranks but torch.distributed is not initialised"):
+    with pytest.raises(ValueError, match=r"dp=4 needs 4 ranks but torch\.distributed is not initialised"):
         mesh(dp=4)
     with pytest.raises(ValueError, match="name the mesh axes to store over"):
         fsdp()

@@ -19,6 +19,8 @@ KINDS = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
     "yarn from deepseek": {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
                            "mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False},
+    "yarn over nearly all dims": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 262144},
+    "yarn with half of the mscales": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "mscale": 0.707},
     "yarn without a factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048, "beta_fast": None},
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 4096,
                  "short_factor": [1 + i / 100 for i in range(HALF)], "long_factor": [1 + i / 2 for i in range(HALF)]},

@@ -46,8 +46,8 @@ def files(tmp_path_factory):
     train, held_out = stdlib_qa.records()
     for name, rows in (("train", train[:60]), ("heldout", held_out[:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    size = {"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-            "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+    size = {"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
     for name, config in (("qwen3", Qwen3Config(**size, tie_word_embeddings=True)), ("llama", LlamaConfig(**size))):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
@@ -125,8 +125,8 @@ def test_what_a_run_leaves(files, one):
     assert {k: v[1:] for k, v in hf.tensors(one / "hf").items()} == {k: v[1:] for k, v in hf.tensors(files / "qwen3").items()}
 
 
-LAYOUTS = [("dp=2", ()), ("dp=4", ()), ("sp=2", ()), ("dp=2,sp=2", ()), ("sp=2,dp=2", ("--remat",)), ("replicate=2,dp=2", ()), ("ep=2,dp=2", ()), ("", ("--remat",)),
-           ("dp=2", ("--compile",))]
+LAYOUTS = [("dp=2", ()), ("dp=4", ()), ("sp=2", ()), ("dp=2,sp=2", ()), ("sp=2,dp=2", ("--remat",)),
+           ("replicate=2,dp=2", ()), ("ep=2,dp=2", ()), ("", ("--remat",)), ("dp=2", ("--compile",))]
 
 
 @pytest.mark.parametrize("mesh, more", LAYOUTS)
@@ -145,7 +145,8 @@ def test_llama_under_torchrun(files, tmp_path):
     """The command that users type, on two real ranks, against one process; an untied head."""
     train("llama_sft", argv(files, tmp_path / "one", "llama", "--steps", "4"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "recipes" / "llama_sft.py")]
-    done = subprocess.run([*command, *argv(files, tmp_path / "two", "llama", "--steps", "4", "--mesh", "dp=2", "--threads", "1")], capture_output=True, text=True)
+    args = argv(files, tmp_path / "two", "llama", "--steps", "4", "--mesh", "dp=2", "--threads", "1")
+    done = subprocess.run([*command, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert max(abs(a / b - 1) for a, b in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True)) < 1e-5
     assert "held-out loss" in done.stdout

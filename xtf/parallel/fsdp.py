@@ -9,6 +9,7 @@ inside the checkpointed function, and no handles are needed (hooks do not nest w
 Bytes a step, for a bucket of S bytes (rows padded to a multiple of the W ranks): each gather sends (W - 1) / W × S from a rank,
 twice a step (once with reshard=False); the reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
 """
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -76,7 +77,8 @@ class Bucket:
             shape = list(part.shape)
             shape[dim] = leaf.shape[dim]
             ranks = leaf.device_mesh.size(0)
-            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, (shape[dim], *shape[:dim], *shape[dim + 1:]), -(-shape[dim] // ranks), M.group_of(leaf.device_mesh))
+            front = (shape[dim], *shape[:dim], *shape[dim + 1:])
+            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), M.group_of(leaf.device_mesh))
             self.sizes[dtype] = slot.at + ranks * slot.padded
             self.slots.append(slot)
         self.flat: dict[torch.dtype, torch.Tensor] = {}
@@ -244,7 +246,7 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
         refuse_closures(block)
         all_prepared = [prepare(params) for params in layers]
         buckets = [p[3] for p in all_prepared]
-        for a, b in zip(buckets, buckets[1:], strict=False):
+        for a, b in itertools.pairwise(buckets):
             if a is not None and b is not None:
                 a.next, b.prev = b, a
         ys = []

@@ -1,7 +1,7 @@
 """Meshes: named axes over ranks, and the process groups of any set of them taken as one."""
 import math
 import weakref
-
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,7 +28,8 @@ def mesh(**sizes: int) -> DeviceMesh | None:
     need = math.prod(sizes.values())
     if not dist.is_initialized():
         if need > 1:
-            raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks but torch.distributed is not initialised; start with torchrun --nproc_per_node {need}")
+            raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks but torch.distributed is not initialised; "
+                             f"start with torchrun --nproc_per_node {need}")
         return None
     if need != dist.get_world_size():
         raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks, but {dist.get_world_size()} were started; "
@@ -42,16 +43,17 @@ def _text(sizes: dict[str, int]) -> str:
 
 def size(m: DeviceMesh | None, axis: str) -> int:
     """How many ranks an axis has; 1 where the mesh does not name it."""
-    return m.size(_names(m).index(axis)) if m is not None and axis in _names(m) else 1
+    return m.size(axes(m).index(axis)) if m is not None and axis in axes(m) else 1
 
 
 def rank(m: DeviceMesh | None, axis: str) -> int:
     """This rank's place along an axis; 0 where the mesh does not name it."""
-    return m.get_local_rank(axis) if m is not None and axis in _names(m) else 0
+    return m.get_local_rank(axis) if m is not None and axis in axes(m) else 0
 
 
-def _names(m: DeviceMesh) -> tuple[str, ...]:
-    return m.mesh_dim_names or ()
+def axes(m: DeviceMesh | None) -> tuple[str, ...]:
+    """The names of a mesh's axes; none without a mesh."""
+    return () if m is None else m.mesh_dim_names or ()
 
 
 # Keyed weakly by the mesh: making a group is itself a collective, so each set of axes is flattened once.
@@ -59,21 +61,21 @@ _flat: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def flattened(m: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
-    """The same ranks with `axes` flattened into one leading axis "store", the others behind it in their order."""
+def flattened(m: DeviceMesh, store: tuple[str, ...]) -> DeviceMesh:
+    """The same ranks with `store` flattened into one leading axis "store", the others behind it in their order."""
     cache = _flat.setdefault(m, {})
-    if axes not in cache:
-        names = _names(m)
-        rest = [n for n in names if n not in axes]
-        ranks = m.mesh.permute([names.index(n) for n in (*axes, *rest)])
+    if store not in cache:
+        names = axes(m)
+        rest = [n for n in names if n not in store]
+        ranks = m.mesh.permute([names.index(n) for n in (*store, *rest)])
         ranks = ranks.reshape(-1, *[size(m, n) for n in rest])
-        cache[axes] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
-    return cache[axes]
+        cache[store] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
+    return cache[store]
 
 
-def group(m: DeviceMesh, axes: tuple[str, ...]) -> Group:
-    """The process groups over `axes` taken as one (made on first use, on every rank in the same order)."""
-    return group_of(flattened(m, tuple(a for a in axes if a in _names(m))))
+def group(m: DeviceMesh, over: tuple[str, ...]) -> Group:
+    """The process groups of the axes `over` taken as one (made on first use, on every rank in the same order)."""
+    return group_of(flattened(m, tuple(a for a in over if a in axes(m))))
 
 
 def group_of(flat: DeviceMesh) -> Group:
@@ -91,7 +93,7 @@ def group_of(flat: DeviceMesh) -> Group:
 
 def world(m: DeviceMesh) -> Group:
     """All ranks of the mesh as one group."""
-    return group(m, _names(m))
+    return group(m, axes(m))
 
 
 def is_main() -> bool:
@@ -105,22 +107,17 @@ def describe(m: DeviceMesh | None) -> str:
     >>> describe(None)
     'one process'
     """
-    return "one process" if m is None else _text({n: size(m, n) for n in _names(m)})
+    return "one process" if m is None else _text({n: size(m, n) for n in axes(m)})
 
 
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if dist.is_initialized():
-        dist.barrier()
+def tell_all(m: DeviceMesh, value: Any) -> dict[int, Any]:
+    """Every rank's picklable value, by rank, on every rank of the mesh."""
+    said = {m.get_rank(): value}
+    for i in range(m.ndim):
+        gathered: list = [None] * m.size(i)
+        dist.all_gather_object(gathered, said, group=m.get_group(i))
+        said = {rank: v for part in gathered for rank, v in part.items()}
+    return said
 
 
-def broadcast(value: object) -> object:
-    """Rank 0's picklable value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-__all__ = ["barrier", "broadcast", "describe", "flattened", "group", "is_main", "mesh", "rank", "size", "world"]
+__all__ = ["axes", "describe", "flattened", "group", "group_of", "is_main", "mesh", "rank", "size", "tell_all", "world"]

@@ -47,7 +47,8 @@ def _wrap(ops: Ops, env: Env, axis: str) -> Ops:
         by_rank = all_to_all(x_PThd.reshape(P, W, T // W, h, d).movedim(1, 0), group)    # [W, P, t, H/W, d], W the source's heads
         return by_rank.movedim(0, 2).reshape(P, T // W, W * h, d)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments: torch.Tensor, sinks: torch.Tensor | None = None, **kw: Any) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments: torch.Tensor, sinks: torch.Tensor | None = None,
+               **kw: Any) -> torch.Tensor:
         H, K = q.shape[2], k.shape[2]
         if H % W:
             raise ValueError(f"ulysses: {axis}={W} does not divide {H} query heads; use an axis whose size divides the heads")

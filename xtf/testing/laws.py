@@ -92,6 +92,9 @@ def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str
     return draw()
 
 
+UP_TO_FOUR = layouts(4)
+
+
 def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8) -> Callable[[Layout], st.SearchStrategy[Batch]]:
     """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks.
 
@@ -166,7 +169,8 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
             reference: Callable | None = None) -> Equivalence:
     """Run `reference` (by default `step`) on one process and `step` on `layout`, and say how far apart they are."""
     one: list = []
-    base = shard(reference or step, spy(one), *(f() for f in layout.extra if f().stage == 30), specs=specs)       # adapters change the function: both have them
+    adapters = [f() for f in layout.extra if f().stage == 30]                       # they change the function: both have them
+    base = shard(reference or step, spy(one), *adapters, specs=specs)
     params = init(base.specs, seed)
     state, grads, loss = TrainState.create(params, opt.init(params), seed=seed), None, None
     for _ in range(steps):
@@ -182,7 +186,8 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
     paths = [path for path, _ in tree.flatten_with_path(base.specs)]
 
     def worst(ours: list, theirs: list) -> tuple[float, str]:
-        # A leaf whose gradient cancels to nothing (a key bias without rope) still has the rounding of its terms: a floor at 1e-3 of the tree's largest.
+        # A leaf whose gradient cancels to nothing (a key bias without rope) still has the rounding of its terms,
+        # hence a floor at 1e-3 of the tree's largest.
         floor = 1e-3 * max((x.abs().max().item() for x in ours if x is not None and x.numel()), default=0.0)
         return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)), default=(0.0, ""))
 
@@ -200,7 +205,7 @@ def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: fl
     return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(max(floor, torch.finfo(ours.dtype).tiny))).item()
 
 
-def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = layouts(), *, specs: tree.Tree, opt: Any,
+def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = UP_TO_FOUR, *, specs: tree.Tree, opt: Any,
                       batches: Callable[[Layout], st.SearchStrategy] | None = None, vocab_size: int | None = None, seed: int = 0, steps: int = 2,
                       reference: Callable | None = None, tolerance: float | None = None, examples: int = 25, derandomize: bool = True) -> None:
     """Assert that `step(state, batch, ops)` is the same function on every drawn layout (laws 1 to 3 and 5).
@@ -209,8 +214,8 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     global batches that `xtf.data.cut` can cut; by default `token_batches(vocab_size)`. `layouts` is a strategy or a list. `reference` is the
     step that one process runs, where it is another one (whole batches against micro-batches).
 
-    The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the tree's): by default 4096 roundings of the
-    narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters to 1000 times that, since AdamW divides by
+    The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the
+    tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters to 1000 times that, since AdamW divides by
     sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
 
     Raises AssertionError that names the layout, the leaf and the deviation, shrunk to the smallest mesh and batch.
@@ -223,7 +228,8 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     draw_layout = layouts if isinstance(layouts, st.SearchStrategy) else st.sampled_from(list(layouts))
 
     @settings(max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=False, report_multiple_bugs=False,
-              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much], phases=[Phase.explicit, Phase.generate, Phase.shrink])
+              suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+              phases=[Phase.explicit, Phase.generate, Phase.shrink])
     @given(st.data())
     def check(data: Any) -> None:
         layout = data.draw(draw_layout, label="layout")

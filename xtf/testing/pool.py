@@ -45,7 +45,8 @@ class Pool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RuntimeError(f"ranks {sorted(waiting.values())} of {self.size} did not answer within {self.timeout:.0f} s: a collective that not all ranks entered?")
+                raise RuntimeError(f"ranks {sorted(waiting.values())} of {self.size} did not answer within {self.timeout:.0f} s: "
+                                   "a collective that not all ranks entered?")
             for conn in ready:
                 rank = waiting.pop(conn)  # pyright: ignore
                 try:
