@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
 
     report["training"] = []
-    table = Table("case", "ms a step", "tokens/s", "MFU", "memory GB", "first loss", "last loss", title=f"{STEPS} steps of {packs} packs of {seq_len} tokens")
+    table = Table("case", "ms a step", "tokens/s", "MFU", "memory GB", "first loss", "last loss",
+                  title=f"{STEPS} steps of {packs} packs of {seq_len} tokens")
     for case in cases(args.rehearse):
         try:
             row = train(case, shape, packs, seq_len)

@@ -23,7 +23,7 @@ except ImportError:
     varlen_attn = None
 
 Step = Callable[[Batch], float]
-ADAMW = {"lr": 1e-4, "weight_decay": 0.1}
+LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1
 FLOPS = "6 × matmul weights (head included, lookup not) × tokens + 12 × heads × head_dim × layers × (query, key) pairs that see each other"
 LOSS_CHUNK = 256                # tokens of a chunk of transformers' chunked loss
 
@@ -111,7 +111,7 @@ def make(case: Case, shape: Shape) -> Step:
 
 def ours(case: Case, shape: Shape) -> Step:
     cfg = qwen3.config(shape.config())
-    tx = chain(clip_by_global_norm(1.0), adamw(**ADAMW))
+    tx = chain(clip_by_global_norm(1.0), adamw(LR, *BETAS, weight_decay=WEIGHT_DECAY))
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
@@ -141,7 +141,7 @@ def theirs(case: Case, shape: Shape) -> Step:
     for layer in model.model.layers if case.compile == "layers" else ():
         layer.compile(dynamic=False)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.95), fused=True, **ADAMW)
+    optimizer = torch.optim.AdamW(params, LR, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     kind = device.device().type
 
     def run(batch: Batch) -> float:
@@ -219,12 +219,12 @@ def _documents(module, q, k, v, mask, scaling=None, documents=(), **_):
     return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in parts], 2).transpose(1, 2), None
 
 
-def _varlen(module, q, k, v, mask, scaling=None, cu_seq_lens_q=None, max_length_q=0, **_):
+def _varlen(module, q, k, v, mask, *, cu_seq_lens_q, max_length_q, scaling=None, **_):
     assert varlen_attn is not None
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    options = {"scale": scaling, "window_size": (-1, 0)}
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     else:                                                         # torch 2.11
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options)[None], None
+    return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options).unsqueeze(0), None  # type: ignore[union-attr]

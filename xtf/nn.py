@@ -249,11 +249,13 @@ def _logits(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
 
 
 def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
-    return linear_cross_entropy(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())
+    x_ND = norm(x_PtD, p["norm"], cfg).flatten(0, 1)
+    return linear_cross_entropy(x_ND, p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())  # pyright: ignore[reportCallIssue]
 
 
 def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
-    return -token_logprobs(norm(x_PtD, p["norm"], cfg).flatten(0, 1), p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)
+    x_ND = norm(x_PtD, p["norm"], cfg).flatten(0, 1)
+    return -token_logprobs(x_ND, p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)  # pyright: ignore[reportCallIssue]
 
 
 # ---- descriptions -------------------------------------------------------------------------------------------------------------------

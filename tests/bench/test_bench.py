@@ -46,7 +46,7 @@ def test_gpu_rehearsal(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads((tmp_path / "gpu.json").read_text())
     distance = {(r["products"], r["what"]): r for r in report["parity"]}
-    # A product of float32 numbers is off by about eps = 6e-8 times the square root of its terms, through a dozen products; bf16 has 2^16 times that eps.
+    # A float32 product is off by about 6e-8 times the square root of its terms, a dozen follow each other; bf16 rounds 2^16 times as much.
     assert 0 < distance["fp32", "logits"]["ours"] < 5e-6 and 0 < distance["fp32", "gradients"]["ours"] < 5e-6
     assert 5e-4 < distance["bf16", "logits"]["ours"] < 5e-2
     assert all(r["ok"] for r in report["parity"])

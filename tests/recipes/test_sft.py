@@ -47,7 +47,8 @@ def files(tmp_path_factory):
     for name, rows in (("train", train[:60]), ("heldout", held_out[:9])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     size = {"vocab_size": 416, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": None, "eos_token_id": 2,
+            "pad_token_id": 0, "max_position_embeddings": 64}
     for name, config in (("qwen3", Qwen3Config(**size, tie_word_embeddings=True)), ("llama", LlamaConfig(**size))):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)

@@ -34,7 +34,8 @@ def mesh(**sizes: int) -> DeviceMesh | None:
     if need != dist.get_world_size():
         raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks, but {dist.get_world_size()} were started; "
                          "make the sizes multiply to the number of ranks")
-    return init_device_mesh(device.device().type, tuple(sizes.values()) or (1,), mesh_dim_names=tuple(sizes) or ("dp",))
+    kind = "cpu" if dist.get_backend() == "gloo" else device.device().type         # xtf.testing's pool is gloo wherever it runs
+    return init_device_mesh(kind, tuple(sizes.values()) or (1,), mesh_dim_names=tuple(sizes) or ("dp",))
 
 
 def _text(sizes: dict[str, int]) -> str:

@@ -215,8 +215,8 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     step that one process runs, where it is another one (whole batches against micro-batches).
 
     The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the
-    tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters to 1000 times that, since AdamW divides by
-    sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
+    tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer
+    terms), and parameters to 1000 times that, since AdamW divides by sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
 
     Raises AssertionError that names the layout, the leaf and the deviation, shrunk to the smallest mesh and batch.
     """
