@@ -45,7 +45,8 @@ def by_transformers(model_dir: Path, held_out: Path) -> tuple[float, str]:
         nll += torch.nn.functional.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").item()
         tokens += int(mask.sum())
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+    answer = model.generate(**prompt,  # pyright: ignore
+                            max_new_tokens=48, do_sample=False)[0, prompt["input_ids"].shape[1]:]
     return nll / tokens, tokenizer.decode(answer, skip_special_tokens=True)
 
 

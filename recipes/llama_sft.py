@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def held_out_loss():
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, mesh)
-        nll, tokens = sum(evaluate(state, cli.on_device(batch)) for batch in batches).tolist()
+        nll, tokens = torch.stack([evaluate(state, cli.on_device(batch)) for batch in batches]).sum(0).tolist()
         return nll / max(tokens, 1)
 
     with Log(flags, model, cfg, mesh) as log:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 import xtf
 from xtf.optim import adamw, chain, clip_by_global_norm
+from xtf.spec import Normal
 
 V, D, H, d, F_, L = 13, 8, 4, 2, 10, 2
 
 
 def specs(dtype=torch.float64):
-    P = lambda *shape_axes: xtf.Param(tuple(s for s, _ in shape_axes), dtype, tuple(a for _, a in shape_axes))
+    P = lambda *shape_axes: xtf.Param(tuple(s for s, _ in shape_axes), dtype, tuple(a for _, a in shape_axes), Normal(0.3))
     D_, heads, mlp, vocab = (D, "embed"), (H * d, "heads"), (F_, "mlp"), (V, "vocab")
     layer = lambda: {"qkv": {n: {"weight": P(heads, D_), "bias": P(heads)} for n in "qkv"}, "o": {"weight": P(D_, heads)},
                      "up": {"weight": P(mlp, D_)}, "down": {"weight": P(D_, mlp)}}

@@ -61,6 +61,16 @@ def native_bf16() -> bool:
     return device().type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_fused_adamw(where: torch.device) -> bool:
+    """Whether torch's fused AdamW kernel runs on that device (torch-npu brings none)."""
+    return where.type in ("cpu", "cuda")
+
+
+def piece(where: torch.device) -> int:
+    """How many numbers a chain of elementwise passes should take at a time: few enough for a CPU's cache, else enough to fill a GPU."""
+    return 1 << 19 if where.type == "cpu" else 1 << 26
+
+
 def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s of dense products in `dtype` on one device: the denominator of MFU.
 

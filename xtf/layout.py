@@ -48,8 +48,10 @@ class Place:
     def from_local(self, local: torch.Tensor, shape: tuple[int, ...]) -> DTensor:
         """The DTensor of `shape` whose part on this rank is `local` (moved to the mesh's device; no communication)."""
         stride = [math.prod(shape[i + 1:]) for i in range(len(shape))]
-        return DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,  # pyright: ignore
-                                  shape=torch.Size(shape), stride=tuple(stride))
+        out = DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,
+                                 shape=torch.Size(shape), stride=tuple(stride))
+        assert isinstance(out, DTensor)
+        return out
 
     def put(self, whole: torch.Tensor) -> DTensor:
         """Cut a whole tensor, which every rank has, into this rank's part (copied)."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from xtf import tree
-from xtf.kernels import attention, experts
+from xtf.kernels import attention, experts, product_dtype
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,11 @@ class Ops:
 
 def linear(x: torch.Tensor, node: dict, axes: tuple[str, str]) -> torch.Tensor:
     """`x @ weight.T + bias`, in the dtype of `x`."""
-    bias = node.get("bias")
-    return F.linear(x, node["weight"], None if bias is None else bias.to(x.dtype))
+    weight, bias = node["weight"], node.get("bias")
+    dtype = product_dtype(x.dtype, x.device)
+    if dtype != x.dtype:                                # a processor without bf16 products: in float32, and round
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def scan_with(whole: Callable[[tree.Tree], tree.Tree], block: Callable, layers: Sequence, x: Any, *shared: Any,

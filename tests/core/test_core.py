@@ -247,3 +247,30 @@ def test_the_table_says_what_is_stored():
     assert placements[0] == (Shard(1),)                                    # 13 rows: two ranks divide the other dim
     assert "embed/dp" in next(line for line in text.splitlines() if line.startswith("embed.weight"))
     assert "whole" in L.table(outsider.specs())
+
+
+def test_a_donated_step_that_raises_poisons_only_what_it_touched():
+    def step(state, batch, ops=xtf.LOCAL):
+        if batch is None:
+            raise ValueError("before the update")
+        outsider.step(state, batch, ops)
+        raise ValueError("after it")
+    run, state = xtf.shard(step, jit(compile=False), specs=outsider.specs()), fresh()
+    with pytest.raises(ValueError, match="before the update"):
+        run(state, None)
+    assert int(state.step) == 0
+    with pytest.raises(ValueError, match="after it"):
+        run(state, batch())
+    with pytest.raises(RuntimeError, match="was donated"):
+        int(state.step)
+
+
+def test_products_in_bf16_without_such_instructions(monkeypatch):
+    """Computed in float32 and rounded once: within half a bf16 rounding of float64, as a native product is."""
+    monkeypatch.setattr("xtf.ops.product_dtype", lambda dtype, device: torch.float32)
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*s, generator=g).bfloat16().requires_grad_() for s in ((3, 64), (5, 64), (5,)))
+    y = xtf.LOCAL.linear(x, {"weight": w, "bias": b}, ("embed", "mlp"))
+    exact = x.double() @ w.double().T + b.double()
+    assert y.dtype == torch.bfloat16 and ((y - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()
+    assert torch.autograd.grad(y.sum(), w)[0].dtype == torch.bfloat16

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from xtf import tree
+from xtf import device, tree
 from xtf.ops import LOCAL
 from xtf.optim import adamw, apply_updates, chain, clip_by_global_norm, schedules
 from xtf.parallel.collectives import like, local
@@ -48,7 +48,9 @@ def pairs(tree_, torch_params):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("weight_decay, masked", [(0.1, False), (0.0, False), (0.3, True)])
-def test_adamw_is_torchs_over_50_steps(dtype, weight_decay, masked):
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_torchs_over_50_steps(dtype, weight_decay, masked, fused, monkeypatch):
+    monkeypatch.setattr(device, "has_fused_adamw", lambda where: fused)
     lr, steps = 1e-2, 50
     params = make_params(dtype, big=BIG if masked else 17)
     theirs = [p.detach().clone().requires_grad_() for p in tree.leaves(params) if p.requires_grad]

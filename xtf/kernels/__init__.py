@@ -7,9 +7,9 @@ def functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def dispatch_mode_active() -> bool:
-    """Whether a mode (FlopCounterMode, FakeTensorMode, ...) is looking at operators: they are shown one that has formulas."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def traced() -> bool:
+    """Whether torch.compile or a mode (FlopCounterMode, FakeTensorMode, ...) looks at operators: it is shown those that have formulas."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

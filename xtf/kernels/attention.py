@@ -1,8 +1,8 @@
 """Causal attention inside each document of a pack.
 
 On CPU, blocks of queries meet the keys that they may see in batched products: measured 1.2 to 1.7 times as fast as torch's flash kernel at
-documents of 128 to 1024 tokens, and in half precision too, where they compute in float32. The flash kernel does the blocks that see no
-key before their own first. On CUDA it is flash attention over varying lengths.
+documents of 128 to 1024 tokens, and in half precision too, where they compute in float32. Small calls go to torch's masked attention, for the
+host's sake. On CUDA it is flash attention over varying lengths.
 
 P packs   T positions of a pack   S documents   H query heads   K key-value heads   G = H / K   d head dim
 B queries of a block   R = B * G its rows   W keys that it meets
@@ -10,19 +10,20 @@ B queries of a block   R = B * G its rows   W keys that it meets
 import bisect
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
+from torch.utils.weak import WeakIdKeyDictionary
 
-from xtf.kernels import at_least_float32, dispatch_mode_active, functorch_active
+from xtf.kernels import at_least_float32, functorch_active, traced
 
 Tensor = torch.Tensor
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 BLOCK = 64                      # queries of a block: 32 loses at long documents, 128 wastes a diagonal twice as wide
+SMALL = 2 ** 22                 # multiplications of a call, P * T * T * H * d, below which the host's time decides
 KEPT_KEYS = 4                   # probabilities are saved for backward where a query meets at most 4 * d keys, else computed again
 
 
@@ -44,18 +45,20 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, *, segments: Tensor, 
     if cache is not None:
         raise NotImplementedError("attend: cache= (decoding with a key-value cache) is not supported yet; call it without")
     _check(q_PTHd, k_PTKd, v_PTKd, segments, window, sinks)
-    scale = q_PTHd.shape[-1] ** -0.5 if scale is None else float(scale)
     if functorch_active():
         return reference_attend(q_PTHd, k_PTKd, v_PTKd, segments=segments, window=window, scale=scale, sinks=sinks)
+    T, factor = q_PTHd.shape[1], q_PTHd.shape[-1] ** -0.5 if scale is None else float(scale)
     if q_PTHd.device.type == "cuda":
-        return _attend_cuda(q_PTHd, k_PTKd, v_PTKd, segments, window, scale, sinks)
+        return _attend_cuda(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, sinks)
     if q_PTHd.device.type != "cpu":
-        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, scale, sinks)
-    if torch.compiler.is_compiling() or dispatch_mode_active():                # traced, counted or faked: one operator with formulas
-        return torch.ops.xtf.attend(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, scale)
+        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, sinks)
+    if traced():                                                               # one operator, with formulas
+        return torch.ops.xtf.attend(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, factor)
+    if sinks is None and T * q_PTHd.numel() <= SMALL:
+        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, None)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_PTHd, k_PTKd, v_PTKd, sinks)):
-        return _Attend.apply(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, scale)  # type: ignore[return-value]
-    return _forward(q_PTHd, k_PTKd, v_PTKd, sinks, _blocks(q_PTHd, segments, window), scale, None)
+        return _Attend.apply(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, factor)  # type: ignore[return-value]
+    return _forward(q_PTHd, k_PTKd, v_PTKd, sinks, _once(segments, _blocks, T, window), factor, None)
 
 
 def reference_attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, *, segments: Tensor, window: int | None = None,
@@ -108,17 +111,15 @@ class Block(NamedTuple):
     first_T: Tensor | None      # the first key that each query of the pack sees; None if no block of the pack needs it
 
 
-def _blocks(q_PTHd: Tensor, segments: Tensor, window: int | None) -> list[Block]:
-    """Cut each pack into blocks of queries, at the ends of documents where that leaves at least half a block."""
-    _, T, H, d = q_PTHd.shape
-    most = max(BLOCK, min(4 * BLOCK, 2 ** 13 // (H * d)))                      # narrow heads: fewer blocks, for the host's sake
+def _blocks(segments: Tensor, T: int, window: int | None) -> list[Block]:
+    """Cut each pack into blocks of at most BLOCK queries, at the ends of documents where that leaves at least half a block."""
     blocks: list[Block] = []
     for pack, ends in enumerate(segments.tolist()):
-        start, spans = 0, []
+        start, spans = 0, []                                                   # (start, stop, low, high)
         while start < T:
-            stop = min(start + most, T)
+            stop = min(start + BLOCK, T)
             end = ends[bisect.bisect_right(ends, stop) - 1]
-            stop = end if end >= start + most // 2 else stop
+            stop = end if end >= start + BLOCK // 2 else stop
             low, high = (ends[bisect.bisect_right(ends, i) - 1] for i in (start, stop - 1))
             if window is not None:
                 low, high = max(low, start - window + 1), max(high, stop - window)
@@ -129,29 +130,33 @@ def _blocks(q_PTHd: Tensor, segments: Tensor, window: int | None) -> list[Block]
             first_T = segments[pack, :-1].repeat_interleave(segments[pack].diff())
             if window is not None:
                 first_T = torch.maximum(first_T, torch.arange(1 - window, T + 1 - window, dtype=first_T.dtype))
-        blocks += [Block(pack, *span, first_T) for span in spans]
+        blocks += [Block(pack, start, stop, low, high, first_T) for start, stop, low, high in spans]
     return blocks
+
+
+_seen: MutableMapping[Tensor, dict] = WeakIdKeyDictionary()
+
+
+def _once(segments: Tensor, make: Callable[..., Any], *args: Any) -> Any:
+    """`make(segments, *args)`, made once for all layers that are called with this tensor, and forgotten with it."""
+    if segments.is_inference() or torch.is_inference_mode_enabled():
+        return make(segments, *args)
+    known, key = _seen.setdefault(segments, {}), (make, segments._version, *args)
+    if key not in known:
+        known[key] = make(segments, *args)
+    return known[key]
 
 
 def _queries(x_PTHd: Tensor, b: Block, K: int) -> Tensor:
     """A block's queries as a view [K, B, G, d]. (`as_strided` is one call where indexing and transposing are five.)"""
-    (_, _, H, d), (sp, st, sh, sd), G = x_PTHd.shape, x_PTHd.stride(), x_PTHd.shape[2] // K
-    return x_PTHd.as_strided((K, b.stop - b.start, G, d), (G * sh, st, sh, sd), x_PTHd.storage_offset() + b.pack * sp + b.start * st)
+    (sp, st, sh, sd), G = x_PTHd.stride(), x_PTHd.shape[2] // K
+    return x_PTHd.as_strided((K, b.stop - b.start, G, x_PTHd.shape[3]), (G * sh, st, sh, sd), x_PTHd.storage_offset() + b.pack * sp + b.start * st)
 
 
 def _keys(x_PTKd: Tensor, b: Block) -> Tensor:
     """The keys (values) that a block meets, as a view [K, W, d]."""
     (_, _, K, d), (sp, st, sh, sd) = x_PTKd.shape, x_PTKd.stride()
     return x_PTKd.as_strided((K, b.stop - b.low, d), (sh, st, sd), x_PTKd.storage_offset() + b.pack * sp + b.low * st)
-
-
-def _flash_operands(q_KBGd: Tensor, *keys_KWd: Tensor) -> tuple[Tensor, ...]:
-    return q_KBGd.transpose(1, 2), *(x.unsqueeze(1).expand(-1, q_KBGd.shape[2], -1, -1) for x in keys_KWd)
-
-
-def _whole(b: Block, q_PTHd: Tensor, sinks: Tensor | None) -> bool:
-    """Whether the block is plain causal attention among its own tokens, which torch's kernel does with less host time."""
-    return b.low == b.high == b.start and sinks is None and q_PTHd.dtype.itemsize >= 4
 
 
 def _kept(b: Block, d: int) -> bool:
@@ -199,18 +204,12 @@ def _groups(sinks: Tensor | None, K: int) -> Tensor | None:
 
 def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
              kept: list[Tensor] | None) -> Tensor:
-    """o_PTHd; `kept` (if a list) receives what backward will not have to compute again: probabilities, or the flash kernel's statistics."""
+    """o_PTHd; `kept` (if a list) receives the probabilities that backward will not have to compute again."""
     o_PTHd, K = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), k_PTKd.shape[2]
     q, k, v = _widened(q_PTHd, k_PTKd, v_PTKd)
     scores = buffer = None
     for b in blocks:
         q_KBGd, k_KWd, v_KWd, o_KBGd = _queries(q, b, K), _keys(k, b), _keys(v, b), _queries(o_PTHd, b, K)
-        if _whole(b, q_PTHd, sinks):
-            o_KGBd, lse_KGB = flash(*_flash_operands(q_KBGd, k_KWd, v_KWd), 0.0, True, scale=scale)
-            o_KBGd.copy_(o_KGBd.transpose(1, 2))
-            if kept is not None:
-                kept.append(lse_KGB)
-            continue
         scores = scores or _Scores(blocks, q, _groups(sinks, K), scale)
         keep = kept is not None and _kept(b, q.shape[-1])
         buffer = scores.room(1)[0] if buffer is None and not keep else buffer
@@ -222,8 +221,8 @@ def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | Non
 
 
 def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
-              o_PTHd: Tensor | None, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k, v and sinks; with `o_PTHd` and `kept` as forward left them, or None and nothing: then all is computed again."""
+              kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then all probabilities are computed again."""
     dq_PTHd, K, d = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), *k_PTKd.shape[2:]
     g, q, k, v = _widened(g_PTHd, q_PTHd, k_PTKd, v_PTKd)
     dk, dv, sinks_KG = k.new_zeros(k.shape), v.new_zeros(v.shape), _groups(sinks, K)
@@ -231,17 +230,10 @@ def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, si
     for b in blocks:
         g_KBGd, q_KBGd, dq_KBGd, k_KWd, v_KWd = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K), _keys(k, b), _keys(v, b)
         dk_KWd, dv_KWd = _keys(dk, b), _keys(dv, b)
-        if o_PTHd is not None and _whole(b, q_PTHd, sinks):
-            dq_KGBd, dk_KGWd, dv_KGWd = flash_backward(g_KBGd.transpose(1, 2), *_flash_operands(q_KBGd, k_KWd, v_KWd),
-                                                       _queries(o_PTHd, b, K).transpose(1, 2), next(saved), 0.0, True, scale=scale)
-            dq_KBGd.copy_(dq_KGBd.transpose(1, 2))
-            dk_KWd += dk_KGWd.sum(1)
-            dv_KWd += dv_KGWd.sum(1)
-            continue
         scores = scores or _Scores(blocks, q, sinks_KG, scale)
         buffers = scores.room(2) if buffers is None else buffers
         q_KRd, g_KRd = q_KBGd.reshape(K, -1, d), g_KBGd.reshape(K, -1, d)
-        p_KRW = next(saved) if o_PTHd is not None and _kept(b, d) else scores.probs(q_KRd, k_KWd, b, buffers[0])
+        p_KRW = next(saved) if kept and _kept(b, d) else scores.probs(q_KRd, k_KWd, b, buffers[0])
         dv_KWd.baddbmm_(p_KRW[..., scores.front:].transpose(1, 2), g_KRd)
         ds_KRW = buffers[1, :p_KRW.numel()].view(p_KRW.shape)
         torch.bmm(g_KRd, v_KWd.transpose(1, 2), out=ds_KRW[..., scores.front:])
@@ -260,29 +252,29 @@ def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, si
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, segments, window, scale):
-        ctx.blocks, ctx.scale, kept = _blocks(q, segments, window), scale, []
+        ctx.blocks, ctx.scale, kept = _once(segments, _blocks, q.shape[1], window), scale, []
         o = _forward(q, k, v, sinks, ctx.blocks, scale, kept)
-        ctx.save_for_backward(q, k, v, sinks, o, *kept)                        # through autograd, so that remat and offload see them
+        ctx.save_for_backward(q, k, v, sinks, *kept)                           # through autograd, so that remat and offload see them
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q, k, v, sinks, o, *kept = ctx.saved_tensors
-        return *_backward(g, q, k, v, sinks, ctx.blocks, ctx.scale, o, kept), None, None, None
+        q, k, v, sinks, *kept = ctx.saved_tensors
+        return *_backward(g, q, k, v, sinks, ctx.blocks, ctx.scale, kept), None, None, None
 
 
 # ---------------------------------------------------------------- one operator, for torch.compile and the modes that look at operators
 
 @torch.library.custom_op("xtf::attend", mutates_args=(), device_types="cpu")
 def _op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, window: int | None, scale: float) -> Tensor:
-    return _forward(q, k, v, sinks, _blocks(q, segments, window), scale, None)
+    return _forward(q, k, v, sinks, _blocks(segments, q.shape[1], window), scale, None)
 
 
 @torch.library.custom_op("xtf::attend_backward", mutates_args=(), device_types="cpu")
 def _op_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, window: int | None,
                  scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dsinks = _backward(g, q, k, v, sinks, _blocks(q, segments, window), scale, None, [])
+    dq, dk, dv, dsinks = _backward(g, q, k, v, sinks, _blocks(segments, q.shape[1], window), scale, [])
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
@@ -321,7 +313,7 @@ def attention_pairs(segments: Tensor, T: int, window: int | None = None) -> int:
     ends_of = segments.tolist() if real else [[0, T]] * len(segments)
     pairs = 0
     for ends in ends_of:
-        for n in (b - a for a, b in zip(ends, ends[1:], strict=False)):
+        for n in (b - a for a, b in pairwise(ends)):
             w = n if window is None else min(n, window)
             pairs += w * n - w * (w - 1) // 2
     return pairs
@@ -371,6 +363,6 @@ def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, segments: Ten
                    sinks: Tensor | None) -> Tensor:
     if sinks is not None:
         return reference_attend(q_PTHd, k_PTKd, v_PTKd, segments=segments, window=window, scale=scale, sinks=sinks)
-    mask = visible(segments, q_PTHd.shape[1], window)[:, None]
+    mask = (visible(segments, q_PTHd.shape[1], window) if traced() else _once(segments, visible, q_PTHd.shape[1], window))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_PTHd, k_PTKd, v_PTKd))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

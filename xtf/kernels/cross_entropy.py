@@ -10,15 +10,16 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from xtf.kernels import at_least_float32, functorch_active, product_dtype
+from xtf.kernels import at_least_float32, functorch_active, product_dtype, traced
 
 Tensor = torch.Tensor
-MIN_CHUNK = 256                                  # tokens: fewer make the pass over the weight's gradient show (10 % at 128)
-CPU_LOGITS, GPU_LOGITS = 2 ** 22, 2 ** 28        # elements of a chunk, where the vocabulary leaves room for more than MIN_CHUNK tokens
+MIN_CHUNK = 1024                                 # bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's
+                                                 # gradient show (7 % at half of it)
+CPU_LOGITS, GPU_LOGITS = 2 ** 22, 2 ** 28        # elements of a chunk, where the vocabulary leaves room for more tokens
 
 
-@torch.compiler.disable
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *, z_loss: float = 0.0) -> Tensor:
     """The sum over tokens of `weights * (nll + z_loss * lse ** 2)`, where the logits are `x @ weight.T` and lse is their logsumexp.
 
@@ -39,12 +40,14 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weig
                          f"{tuple(weights_T.shape)}, requires_grad={weights_T.requires_grad} (token_logprobs differentiates per token)")
     if functorch_active():
         return reference(x_TD, weight_VD, labels_T, weights_T, z_loss=z_loss)
+    if traced():
+        needs = torch.is_grad_enabled() and x_TD.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad
+        return torch.ops.xtf.linear_cross_entropy(x_TD, weight_VD, labels_T, weights_T, z_loss, *needs)[0]
     if torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad):
         return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, weights_T, z_loss)  # type: ignore[return-value]
     return _loss_and_gradients(x_TD, weight_VD, labels_T, weights_T, z_loss, False, False)[0]
 
 
-@torch.compiler.disable
 def token_logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """The log-probability [T] of each label under logits `x @ weight.T`, in at least float32.
 
@@ -56,6 +59,8 @@ def token_logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     _check(x_TD, weight_VD, labels_T)
     if functorch_active():
         return reference_logprobs(x_TD, weight_VD, labels_T)
+    if traced():
+        return torch.ops.xtf.token_logprobs(x_TD, weight_VD, labels_T)
     return _TokenLogprobs.apply(x_TD, weight_VD, labels_T)  # type: ignore[return-value]
 
 
@@ -91,9 +96,9 @@ def _operands(x_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
     return x_TD.to(dtype), weight_VD.to(dtype)
 
 
-def _chunks(n: int, V: int, device: torch.device) -> Iterator[slice]:
+def _chunks(x_nD: Tensor, V: int) -> Iterator[slice]:
     """Slices of about equal length."""
-    size = max(MIN_CHUNK, (CPU_LOGITS if device.type == "cpu" else GPU_LOGITS) // V)
+    n, size = len(x_nD), max(MIN_CHUNK // x_nD.dtype.itemsize, (CPU_LOGITS if x_nD.device.type == "cpu" else GPU_LOGITS) // V)
     size = math.ceil(n / math.ceil(n / size)) if n else 1
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
@@ -139,7 +144,7 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
     dx_nD = x_nD.new_empty(n, D, dtype=wide) if needs_x else None
     dweight_VD = x_nD.new_empty(V, D, dtype=wide) if needs_weight and n else None
     buffer = None
-    for at in _chunks(n, V, x_nD.device):
+    for at in _chunks(x_nD, V):
         x_CD, weights_C, labels_C1 = x_nD[at], weights_n[at], labels_T[at, None]
         buffer = x_nD.new_empty(len(x_CD), V, dtype=wide) if buffer is None else buffer     # the first chunk is the longest
         d_CV = _product(x_CD, weight_VD.T, buffer[:len(x_CD)])
@@ -179,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: its gradients, made in forward, were handed out; say retain_graph=True in the first backward")
-        again = torch._C._autograd._get_current_graph_task_keep_graph()         # only then may somebody ask for these buffers again
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]  # then they may be asked for again
         gradients, ctx.gradients = ctx.gradients, (ctx.gradients if again else None)
         dx, dweight = (None if d is None else _scaled(d, g, dtype, again) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, dweight, None, None, None
@@ -194,18 +199,22 @@ def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
 
 # ---------------------------------------------------------------- log-probabilities of single tokens
 
+def _logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    x_TD, weight_VD = _operands(x_TD, weight_VD)
+    out_T = x_TD.new_empty(len(x_TD), dtype=at_least_float32(x_TD.dtype))
+    buffer = None
+    for at in _chunks(x_TD, len(weight_VD)):
+        buffer = out_T.new_empty(len(x_TD[at]), len(weight_VD)) if buffer is None else buffer
+        label_C, lse_C = _to_probs(_product(x_TD[at], weight_VD.T, buffer[:len(x_TD[at])]), labels_T[at, None])
+        torch.sub(label_C, lse_C, out=out_T[at])
+    return out_T
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_VD, labels_T):
         ctx.save_for_backward(x_TD, weight_VD, labels_T)
-        x_TD, weight_VD = _operands(x_TD, weight_VD)
-        out_T = x_TD.new_empty(len(x_TD), dtype=at_least_float32(x_TD.dtype))
-        buffer = None
-        for at in _chunks(len(x_TD), len(weight_VD), x_TD.device):
-            buffer = out_T.new_empty(len(x_TD[at]), len(weight_VD)) if buffer is None else buffer
-            label_C, lse_C = _to_probs(_product(x_TD[at], weight_VD.T, buffer[:len(x_TD[at])]), labels_T[at, None])
-            torch.sub(label_C, lse_C, out=out_T[at])
-        return out_T
+        return _logprobs(x_TD, weight_VD, labels_T)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -213,3 +222,64 @@ class _TokenLogprobs(torch.autograd.Function):
         x_TD, weight_VD, labels_T = ctx.saved_tensors
         _, dx, dweight = _loss_and_gradients(x_TD, weight_VD, labels_T, -g_T, 0.0, *ctx.needs_input_grad[:2])
         return None if dx is None else dx.to(x_TD.dtype), None if dweight is None else dweight.to(weight_VD.dtype), None
+
+
+# ---------------------------------------------------------------- the same as operators, for torch.compile and the modes that look at operators
+
+@torch.library.custom_op("xtf::linear_cross_entropy", mutates_args=())
+def _op(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, z_loss: float, needs_x: bool,
+        needs_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss, dx, dweight = _loss_and_gradients(x, weight, labels, weights, z_loss, needs_x, needs_weight)
+    return loss, loss.new_empty(0) if dx is None else dx, loss.new_empty(0) if dweight is None else dweight
+
+
+@_op.register_fake
+def _(x, weight, labels, weights, z_loss, needs_x, needs_weight):
+    empty = lambda *shape: x.new_empty(shape, dtype=at_least_float32(torch.promote_types(x.dtype, weight.dtype)))
+    return empty(), empty(*x.shape) if needs_x else empty(0), empty(*weight.shape) if needs_weight else empty(0)
+
+
+def _save(ctx, inputs, output):
+    x, weight, *_, needs_x, needs_weight = inputs
+    ctx.needs, ctx.dtypes = (needs_x, needs_weight), (x.dtype, weight.dtype)
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx, g, *_):
+    scaled = [(d * g).to(dtype) if needs else None for d, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)]
+    return *scaled, None, None, None, None, None
+
+
+_op.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("xtf::token_logprobs", mutates_args=())
+def _logprobs_op(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _logprobs(x, weight, labels)
+
+
+@_logprobs_op.register_fake
+def _(x, weight, labels):
+    return x.new_empty(len(x), dtype=at_least_float32(torch.promote_types(x.dtype, weight.dtype)))
+
+
+def _logprobs_gradients(ctx, g):
+    x, weight, labels = ctx.saved_tensors
+    _, dx, dweight = torch.ops.xtf.linear_cross_entropy(x, weight, labels, -g, 0.0, *ctx.needs_input_grad[:2])
+    return dx.to(x.dtype) if ctx.needs_input_grad[0] else None, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+_logprobs_op.register_autograd(_logprobs_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+@register_flop_formula(torch.ops.xtf.linear_cross_entropy, get_raw=True)
+def _flops(x, weight, labels, weights, z_loss, needs_x, needs_weight, **_):
+    """A product for the logits, one for each gradient; of the tokens that have weight, where the weights can be read for nothing."""
+    n = int(weights.count_nonzero()) if type(weights) is Tensor and weights.device.type == "cpu" else len(x)
+    return 2 * n * weight.numel() * (1 + needs_x + needs_weight)
+
+
+@register_flop_formula(torch.ops.xtf.token_logprobs)
+def _logprobs_flops(x_shape, weight_shape, *_, **__):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]

@@ -2,19 +2,15 @@
 
 N rows   D their width
 """
+import importlib.util
 from typing import Any
 
 import torch
 
-from xtf.kernels import at_least_float32, dispatch_mode_active, functorch_active
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from xtf.kernels import at_least_float32, functorch_active, traced
 
 Tensor = torch.Tensor
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_BLOCK = 4096                # columns at a time; wider rows are read in turns
 
 
@@ -31,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, but rows of x {tuple(x.shape)} are {x.shape[-1]} wide")
     if torch.compiler.is_compiling() or functorch_active():                          # inductor fuses the formula with its neighbours
         return reference_rms_norm(x, weight, eps)
-    if dispatch_mode_active():
+    if traced():
         return torch.ops.xtf.rms_norm(x, weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
 
@@ -54,21 +50,25 @@ def _forward_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 def _backward_cpu(g: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     D = x.shape[-1]
-    g_ND, x_ND, weight_D, scale_N1 = (t.reshape(-1, t.shape[-1]).to(scale.dtype) for t in (g, x, weight, scale))
+    wide, weight_D, scale_N1 = scale.dtype, weight.to(scale.dtype), scale.view(-1, 1)
+    g_ND, x_ND = g.reshape(-1, D).to(wide), x.reshape(-1, D).to(wide)
     buffer = g_ND * x_ND
-    along_N = torch.mv(buffer, weight_D[0])
+    along_N = torch.mv(buffer, weight_D)
     dweight_D = buffer.mul_(scale_N1).sum(0)                                        # torch's sum halves recursively, a product would not
     dx_ND = torch.mul(g_ND, weight_D, out=buffer).mul_(scale_N1)
     dx_ND.addcmul_(x_ND, scale_N1.pow(3).mul_(along_N[:, None]), value=-1 / D)
-    return dx_ND.view_as(x).to(x.dtype), dweight_D.to(weight.dtype)
+    return dx_ND.view(x.shape).to(x.dtype), dweight_D.to(weight.dtype)
 
 
 # ---------------------------------------------------------------- Triton
 
-if triton is not None:
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
     @triton.jit
     def _forward_kernel(x_ptr, weight_ptr, y_ptr, scale_ptr, D, eps, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
+        row = tl.cast(tl.program_id(0), tl.int64)
         total = tl.zeros([BLOCK], WIDE)
         for start in range(0, D, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -89,7 +89,7 @@ if triton is not None:
         # A thread reads there what it wrote itself: BLOCK is at least the number of threads.
         program = tl.program_id(0)
         for row in range(program, N, tl.num_programs(0)):
-            first = row.to(tl.int64) * D
+            first = tl.cast(row, tl.int64) * D
             scale = tl.load(scale_ptr + row)
             total = tl.zeros([BLOCK], WIDE)
             for start in range(0, D, BLOCK):
@@ -134,11 +134,11 @@ def _backward_triton(g: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tup
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return (_forward_triton if x.is_cuda and triton is not None else _forward_cpu)(x, weight, eps)
+    return (_forward_triton if x.is_cuda and HAS_TRITON else _forward_cpu)(x, weight, eps)
 
 
 def _backward(g: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return (_backward_triton if x.is_cuda and triton is not None else _backward_cpu)(g, x, weight, scale)
+    return (_backward_triton if x.is_cuda and HAS_TRITON else _backward_cpu)(g, x, weight, scale)
 
 
 # ---------------------------------------------------------------- autograd: a Function (15 us of host time less), and one operator
@@ -151,7 +151,6 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         return *_backward(g, *ctx.saved_tensors), None
 

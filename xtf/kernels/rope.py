@@ -51,6 +51,6 @@ class _Rope(torch.autograd.Function):
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        return _turn(g, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(g, cos, sin, -1), None, None

@@ -29,7 +29,6 @@ class _Swiglu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         gate, up = ctx.saved_tensors
         dgate = g * up

@@ -1,10 +1,11 @@
 """AdamW, fused over leaves: one pass over gradients, moments and parameters, in pieces that stay in the cache."""
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from xtf import tree
+from xtf import device, tree
 from xtf.ops import LOCAL, Ops
 from xtf.optim.core import Optimizer, Taken
 from xtf.optim.schedules import Schedule
@@ -58,25 +59,35 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
             out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
                 jobs.setdefault((u.device, u.dtype), []).append((decay, u, local(p), old_m, old_v, new_m, new_v))
-        for (device, _), job in jobs.items():
-            _adamw(job, device, int(step), ops.donate, lr=rate, beta1=b1, beta2=b2, eps=eps)
-        updates, ms, vs = (rebuild(params, column) for column in zip(*out, strict=True))
+        for (where, _), job in jobs.items():
+            kernel = _fused if device.has_fused_adamw(where) else _plain
+            adam = partial(kernel, step=int(step), lr=rate, beta1=b1, beta2=b2, eps=eps)
+            for decays, us, ps, old_ms, old_vs, ms, vs in _buckets(job, device.piece(where)):
+                if not ops.donate:
+                    torch._foreach_copy_(ms + vs, old_ms + old_vs)
+                scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], decays)        # the update starts as the decay
+                adam(scratch, us, ms, vs)
+                torch._foreach_copy_(us, scratch)
+        updates, ms, vs = (rebuild(params, [triple[i] for triple in out]) for i in range(3))
         return updates, {"step": step, "m": ms, "v": vs}
     return Optimizer(init, update)
 
 
-def _adamw(leaves: list[tuple], device: torch.device, step: int, donate: bool, **numbers: Any) -> None:
-    """Leaves are (decay, u, p, old m, old v, new m, new v); `u` holds the gradient and becomes the update.
+def _fused(xs: list, gs: list, ms: list, vs: list, *, step: int, **numbers: Any) -> None:
+    """Advance the moments and take Adam's part off each x: torch's kernel, which is given x for a parameter."""
+    count = torch.full((), step, dtype=torch.float32, device=xs[0].device)
+    torch._fused_adamw_(xs, gs, ms, vs, [], [count] * len(xs), weight_decay=0.0, amsgrad=False, maximize=False, **numbers)
 
-    In a few MB of scratch the update starts as the decay; torch's fused kernel, given it for a parameter, takes Adam's part off it.
-    """
-    count = torch.full((), step, dtype=torch.float32, device=device)
-    for decay, us, ps, old_ms, old_vs, ms, vs in _buckets(leaves, limit=1 << 19 if device.type == "cpu" else 1 << 26):
-        if not donate:
-            torch._foreach_copy_(ms + vs, old_ms + old_vs)
-        scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], decay)
-        torch._fused_adamw_(scratch, us, ms, vs, [], [count] * len(us), weight_decay=0.0, amsgrad=False, maximize=False, **numbers)
-        torch._foreach_copy_(us, scratch)
+
+def _plain(xs: list, gs: list, ms: list, vs: list, *, step: int, lr: float, beta1: float, beta2: float, eps: float) -> None:
+    """The same where torch has no such kernel."""
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
+    torch._foreach_mul_(vs, beta2)
+    torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+    root = torch._foreach_sqrt(vs)
+    torch._foreach_div_(root, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(root, eps)
+    torch._foreach_addcdiv_(xs, ms, root, -lr / (1 - beta1**step))
 
 
 def _buckets(leaves: list[tuple], limit: int) -> Iterator[tuple[list, ...]]:

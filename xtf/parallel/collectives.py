@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 
 def local(t: Any) -> Any:
@@ -21,7 +22,12 @@ def local(t: Any) -> Any:
 
 def like(t: torch.Tensor, stored: Any) -> torch.Tensor:
     """`t`, this rank's part, dressed as `stored` is: a DTensor of the same placement, or plain."""
-    return DTensor(t, stored._spec, requires_grad=t.requires_grad) if isinstance(stored, DTensor) else t  # pyright: ignore
+    if not isinstance(stored, DTensor):
+        return t
+    spec = stored._spec
+    if t.dtype != spec.tensor_meta.dtype:  # pyright: ignore
+        spec = DTensorSpec(spec.mesh, spec.placements, spec.tensor_meta._replace(dtype=t.dtype))  # pyright: ignore
+    return DTensor(t, spec, requires_grad=t.requires_grad)  # pyright: ignore
 
 
 class Sent(NamedTuple):

@@ -6,8 +6,9 @@ twice: what autograd saved of a bucket was a view of it, and a saved-tensor hook
 in backward the first such handle asks for the bucket again and starts the gather of the block before. With remat the gather moves
 inside the checkpointed function, and no handles are needed (hooks do not nest with checkpoint's own).
 
-Bytes a step, for a bucket of S bytes (rows padded to a multiple of the W ranks): each gather sends (W - 1) / W × S from a rank,
-twice a step (once with reshard=False); the reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
+Bytes of one `value_and_grad` (so of each micro-batch), for a bucket of S bytes (rows padded to a multiple of the W ranks): each
+gather sends (W - 1) / W × S from a rank, twice (once with reshard=False, and for a block whose backward needs no weight); the
+reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
 """
 import itertools
 import math

@@ -19,7 +19,7 @@ from xtf.shard import Env, Transform
 
 
 def ulysses(axis: str = "sp") -> Transform:
-    """Divide the sequence over a mesh axis.
+    """Divide the sequence over a mesh axis. (`xtf.data` cuts labels and masks over "sp"; for another axis cut them yourself.)
 
     Raises ValueError, when the step runs, if the axis does not divide the positions or the query heads.
 

@@ -198,7 +198,7 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
 def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: float = 0.0) -> float:
     if ours is None or theirs is None:
         return 0.0 if ours is theirs else math.inf
-    if not torch.isfinite(theirs).all() or ours.shape != theirs.shape:
+    if not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()) or ours.shape != theirs.shape:
         return math.inf
     if not ours.numel():
         return 0.0

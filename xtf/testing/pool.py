@@ -36,8 +36,13 @@ class Pool:
         if not self.workers:
             self._start()
         message = cloudpickle.dumps((fn, args))
-        for conn, _ in self.workers:
-            conn.send_bytes(message)
+        try:
+            for conn, _ in self.workers:
+                conn.send_bytes(message)
+        except OSError as e:
+            self.close()
+            raise RuntimeError(f"a rank of {self.size} died before it was asked anything ({e}); a script must start its work under "
+                               'if __name__ == "__main__":') from e
         results: list[Any] = [None] * self.size
         waiting = {conn: rank for rank, (conn, _) in enumerate(self.workers)}
         deadline = time.monotonic() + self.timeout
@@ -51,7 +56,7 @@ class Pool:
                 rank = waiting.pop(conn)  # pyright: ignore
                 try:
                     ok, value = cloudpickle.loads(conn.recv_bytes())  # pyright: ignore
-                except EOFError:
+                except (EOFError, OSError):
                     ok, value = False, "the process died"
                 if not ok:
                     self.close()

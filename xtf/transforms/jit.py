@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from xtf import tree
 from xtf.ops import Ops
+from xtf.parallel.collectives import local
 from xtf.shard import Env, Transform
 from xtf.state import TrainState
 
@@ -14,8 +16,10 @@ from xtf.state import TrainState
 def jit(compile: bool = True, donate: bool = True) -> Transform:
     """Compile the blocks that `scan` runs (fullgraph, static shapes), and donate the state.
 
+    Blocks are compiled once for each function (a `functools.partial` by its parts), so define them outside of the step.
     Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed in is
-    poisoned, and touching it raises RuntimeError.
+    poisoned, and touching its fields raises RuntimeError (a leaf taken out before holds the new values). A step that raises
+    before its update leaves the state whole; one that raises in the middle of it poisons it.
 
     >>> jit(compile=False).name
     'jit'
@@ -24,8 +28,12 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
         compiled: dict[Any, Callable] = {}
 
         def scan(block: Callable, *args: Any, **kwargs: Any) -> tuple[Any, list]:
-            key = (block.func, block.args, tuple(block.keywords.items())) if isinstance(block, partial) else block
-            if key not in compiled:
+            try:                                                     # models make their partial anew each step: the same one by its parts
+                key = (block.func, block.args, tuple(block.keywords.items())) if isinstance(block, partial) else block
+                known = key in compiled
+            except TypeError as e:
+                raise TypeError(f"jit: the block's arguments must be hashable ({e}); pass tensors to scan as shared arguments") from None
+            if not known:
                 compiled[key] = torch.compile(block, fullgraph=True, dynamic=False)
             return ops.scan(compiled[key], *args, **kwargs)
 
@@ -34,9 +42,20 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
     return Transform("jit", 50, wrap, step=_donating if donate else lambda run: run)
 
 
+def _versions(state: TrainState) -> list[int]:
+    """How often each tensor was written in place."""
+    return [local(x)._version for x in tree.leaves(state) if isinstance(x, torch.Tensor)]
+
+
 def _donating(run: Callable) -> Callable:
     def donated(state: TrainState, batch: Any) -> Any:
-        new, metrics = run(replace(state, donated=True), batch)
+        before = _versions(state)
+        try:
+            new, metrics = run(replace(state, donated=True), batch)
+        except BaseException:
+            if _versions(state) != before:
+                state.poison()
+            raise
         state.poison()
         return replace(new, donated=False), metrics
     return donated

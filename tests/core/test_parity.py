@@ -1,0 +1,53 @@
+"""`python -m xtf.parity` and `logits_and_grads`: against transformers, on one process and on four, and when something is wrong."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from xtf import parity
+from xtf.testing import logits_and_grads
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("qwen3")
+    config = Qwen3Config(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                         initializer_range=0.2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("mesh", ["", "dp=2,sp=2"])
+def test_a_sound_checkpoint_passes(checkpoint, mesh, capsys):
+    assert parity.main([str(checkpoint), "--mesh", mesh]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.1.self_attn.q_norm.weight" in out and "of 26 tensors" in out and ": ok" in out
+
+
+def test_layouts_agree_in_float64(checkpoint):
+    sequences = [[1, 2, 3, 4, 5], [7], [9, 8, 7]]
+    one, four = (logits_and_grads(checkpoint, sequences, torch.float64, layout) for layout in (None, {"dp": 2, "sp": 2}))
+    assert [tuple(x.shape) for x in one[0]] == [(5, 61), (1, 61), (3, 61)]
+    assert set(one[1]) == set(load_file(checkpoint / "model.safetensors")) == set(four[1])
+    for a, b in [*zip(one[0], four[0], strict=True), *((one[1][k], four[1][k]) for k in one[1])]:
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * a.abs().max().item())
+
+
+def test_a_wrong_model_fails(checkpoint, tmp_path, capsys, monkeypatch):
+    """A norm's epsilon that only we read differently is beyond the bound, and named."""
+    theirs = parity.reference(str(checkpoint), [[1, 2, 3]], torch.float32)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"rms_norm_eps": 1e-2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(checkpoint / "model.safetensors"), tmp_path / "model.safetensors")
+    monkeypatch.setattr(parity, "reference", lambda *a: theirs)
+    assert parity.main([str(tmp_path), "--lengths", "3"]) == 1
+    assert "BEYOND  logits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [(["nowhere"], "nowhere/config.json: no such file"), (["--mesh", "tp=2"], "'tp=2' is not one of")])
+def test_what_cannot_be_compared_is_said(checkpoint, arguments, message, capsys):
+    assert parity.main([str(checkpoint), *arguments] if arguments[0].startswith("-") else arguments) == 1
+    assert message in capsys.readouterr().err
