@@ -13,13 +13,34 @@ from xtf.ops import LOCAL, Ops
 from xtf.parallel.collectives import like, local
 
 
+class Taken:
+    """Which memory the gradients seen so far occupy. Autograd may return one tensor, or overlapping views, for several leaves
+    (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
+
+    def __init__(self):
+        self.spans: dict[int, list[tuple[int, int]]] = {}
+
+    def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
+        dtype = dtype or g.dtype
+        if g.dtype == dtype and g.is_contiguous():
+            start = g.data_ptr()
+            end = start + g.nbytes
+            spans = self.spans.setdefault(g.untyped_storage().data_ptr(), [])
+            if not any(start < e and s < end for s, e in spans):
+                spans.append((start, end))
+                return g
+        return g.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.Tree]]:
     """`share(params, batch, ops)` → a function of the same arguments that returns (loss, grads).
 
     `share` returns this rank's part of the loss, a scalar: a sum over the tokens it sees, divided by totals over the whole global
     batch; the returned loss is the sum of all shares, the same on every rank. It may return `(share, sums)`, a tree of tensors
     that is summed over ranks alike; then the result is `((loss, sums), grads)`. A gradient has its parameter's shape, dtype and
-    placement; it is None at a frozen leaf, and zeros at a trainable one that the loss does not touch.
+    placement, and memory of its own, which may be overwritten; it is None at a frozen leaf, and zeros at a trainable one that the
+    loss does not touch.
 
     Raises ValueError if the share is not a scalar or depends on no trainable parameter.
 
@@ -40,12 +61,15 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
             raise ValueError("value_and_grad: the share depends on no trainable parameter (all leaves frozen, or computed under no_grad?)")
         got = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         grads = ops.collect([next(got) if x.requires_grad else None for x in leaves], leaves)
+        taken = Taken()
         for i, (g, x) in enumerate(zip(grads, leaves, strict=True)):
-            if x.requires_grad and g is None:
-                grads[i] = torch.zeros_like(x)
-            elif g is not None and (g.shape != x.shape or g.dtype != x.dtype):
+            if g is None:
+                grads[i] = torch.zeros_like(x) if x.requires_grad else None
+            elif g.shape != x.shape or g.dtype != x.dtype:
                 path = tree.flatten_with_path(params)[i][0]
                 raise RuntimeError(f"value_and_grad: the gradient of {path} is {g.dtype} {tuple(g.shape)}, its parameter {x.dtype} {tuple(x.shape)}")
+            else:
+                grads[i] = taken.own(g)
         total = ops.total(loss.detach())
         result = total if sums is None else (total, tree.tree_map(lambda s: ops.total(s.detach()), sums))
         return result, tree.unflatten([None if g is None else like(g, p) for g, p in zip(grads, stored, strict=True)], treedef)

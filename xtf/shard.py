@@ -144,6 +144,8 @@ def base_ops(env: Env, transforms: tuple[Transform, ...]) -> Ops:
     """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are summed."""
     def whole(params: tree.Tree) -> tree.Tree:
         return tree.tree_map(lambda p: computed(p, env), params)
+    if env.mesh is None and not any(t.cast for t in transforms):
+        return LOCAL
     ops = replace(LOCAL, use=lambda fn, params, *args: fn(whole(params), *args), scan=functools.partial(scan_with, whole))
     if env.mesh is None:
         return ops

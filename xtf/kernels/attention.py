@@ -8,7 +8,6 @@ P packs   T positions of a pack   S documents   H query heads   K key-value head
 B queries of a block   R = B * G its rows   W keys that it meets
 """
 import bisect
-import functools
 import inspect
 from collections.abc import Callable, MutableMapping
 from itertools import pairwise
@@ -169,8 +168,8 @@ class _Scores:
 
     def __init__(self, blocks: list[Block], q_PTHd: Tensor, sinks_KG: Tensor | None, scale: float):
         self.front = int(sinks_KG is not None)                                 # a sink's scores stand before those of the keys
-        self.size = q_PTHd.shape[2] * max((b.stop - b.start) * (self.front + b.stop - b.low) for b in blocks)
-        tall = max(b.stop - b.start for b in blocks)
+        self.size = q_PTHd.shape[2] * max(((b.stop - b.start) * (self.front + b.stop - b.low) for b in blocks), default=0)
+        tall = max((b.stop - b.start for b in blocks), default=0)
         self.later_BB = q_PTHd.new_full((tall, tall), -torch.inf).triu_(1)     # a key after its query
         self.sinks_KG, self.scale = sinks_KG, scale
 
@@ -207,10 +206,9 @@ def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | Non
     """o_PTHd; `kept` (if a list) receives the probabilities that backward will not have to compute again."""
     o_PTHd, K = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), k_PTKd.shape[2]
     q, k, v = _widened(q_PTHd, k_PTKd, v_PTKd)
-    scores = buffer = None
+    scores, buffer = _Scores(blocks, q, _groups(sinks, K), scale), None
     for b in blocks:
         q_KBGd, k_KWd, v_KWd, o_KBGd = _queries(q, b, K), _keys(k, b), _keys(v, b), _queries(o_PTHd, b, K)
-        scores = scores or _Scores(blocks, q, _groups(sinks, K), scale)
         keep = kept is not None and _kept(b, q.shape[-1])
         buffer = scores.room(1)[0] if buffer is None and not keep else buffer
         p_KRW = scores.probs(q_KBGd.reshape(K, -1, q.shape[-1]), k_KWd, b, None if keep else buffer)
@@ -226,12 +224,12 @@ def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, si
     dq_PTHd, K, d = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), *k_PTKd.shape[2:]
     g, q, k, v = _widened(g_PTHd, q_PTHd, k_PTKd, v_PTKd)
     dk, dv, sinks_KG = k.new_zeros(k.shape), v.new_zeros(v.shape), _groups(sinks, K)
-    dsinks_KG, scores, buffers, saved = None if sinks_KG is None else torch.zeros_like(sinks_KG), None, None, iter(kept)
+    dsinks_KG, saved = None if sinks_KG is None else torch.zeros_like(sinks_KG), iter(kept)
+    scores = _Scores(blocks, q, sinks_KG, scale)
+    buffers = scores.room(2)
     for b in blocks:
         g_KBGd, q_KBGd, dq_KBGd, k_KWd, v_KWd = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K), _keys(k, b), _keys(v, b)
         dk_KWd, dv_KWd = _keys(dk, b), _keys(dv, b)
-        scores = scores or _Scores(blocks, q, sinks_KG, scale)
-        buffers = scores.room(2) if buffers is None else buffers
         q_KRd, g_KRd = q_KBGd.reshape(K, -1, d), g_KBGd.reshape(K, -1, d)
         p_KRW = next(saved) if kept and _kept(b, d) else scores.probs(q_KRd, k_KWd, b, buffers[0])
         dv_KWd.baddbmm_(p_KRW[..., scores.front:].transpose(1, 2), g_KRd)
@@ -331,32 +329,35 @@ def _flops_backward(g, q, k, v, sinks, segments, window, scale, *, out_val=None,
 
 # ---------------------------------------------------------------- accelerators
 
-@functools.cache
-def _varlen() -> tuple[Callable[..., Any] | None, bool]:
-    """torch's flash attention over varying lengths, if it is there, and whether it shares key-value heads. Importing it takes a second."""
+def _load_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
+    """torch's flash attention over varying lengths and the names of its arguments, which changed between releases. A second to import."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return None, False
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+        return None, frozenset()
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+VARLEN = _load_varlen() if torch.version.cuda or torch.version.hip else (None, frozenset())
 
 
 def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, segments: Tensor, window: int | None, scale: float,
                  sinks: Tensor | None) -> Tensor:
-    """Flash attention over one list of cumulative lengths, made on the device; float32, float64 and sinks by a mask."""
-    varlen_attn, shares = _varlen()
-    if varlen_attn is None or q_PTHd.dtype.itemsize != 2 or sinks is not None:
+    """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask."""
+    (varlen, takes), (P, T, H, d) = VARLEN, q_PTHd.shape
+    if (varlen is None or sinks is not None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256
+            or (window is not None and "window_size" not in takes) or (scale != d ** -0.5 and "scale" not in takes)):
         return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, scale, sinks)
-    P, T, H, _ = q_PTHd.shape
     first_P1 = torch.arange(0, P * T, T, device=segments.device, dtype=torch.int32)[:, None]
     ends = F.pad((segments[:, :-1] + first_P1).flatten(), (0, 1), value=P * T)  # documents of no token are harmless
     q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, v_PTKd))
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if shares:
+    options: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
+    options |= {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "enable_gqa" in takes:
         options["enable_gqa"] = k.shape[1] != H
     else:
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, ends, ends, T, T, **options).unflatten(0, (P, T))
+    return varlen(q, k, v, ends, ends, T, T, **options).unflatten(0, (P, T))
 
 
 def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, segments: Tensor, window: int | None, scale: float,

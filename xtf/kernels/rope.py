@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 def apply_rope(x_PTHd: Tensor, cos_PTd: Tensor, sin_PTd: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + d / 2]) of a head by its position's angle i, computed in the dtype of cos, returned in that of x.
 
-    `cos_PTd` and `sin_PTd` hold each of the d / 2 angles twice, as transformers lays them out; nothing but them
+    `cos_PTd` and `sin_PTd` hold the d / 2 angles twice, as transformers lays them out; nothing but them
     is saved for backward, which turns the other way. Source: Su et al., arXiv 2104.09864, eq. 34. Raises ValueError where shapes do not fit.
 
     >>> x, cos, sin = torch.tensor([[[[1.0, 0.0]]]]), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from xtf import device, tree
+from xtf.grad import Taken
 from xtf.ops import LOCAL, Ops
-from xtf.optim.core import Optimizer, Taken
+from xtf.optim.core import Optimizer
 from xtf.optim.schedules import Schedule
-from xtf.optim.walk import align, rebuild
 from xtf.parallel.collectives import like, local
 
 Mask = Callable[[str, torch.Tensor], bool]
@@ -40,19 +40,21 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
-        leaves = align("adamw", params, grads, state["m"], state["v"])
+        leaves = tree.zip_leaves(params, grads, state["m"], state["v"])
+        decays = [True] * len(leaves) if mask is None else [mask(path, p) for path, p in tree.flatten_with_path(params)]
         rate = float(lr(state["step"])) if callable(lr) else lr
         step, taken = state["step"] + 1, Taken()
         jobs: dict[tuple, list[tuple]] = {}
         out = []
-        for path, p, g, m, v in leaves:
+        for i, (p, g, m, v) in enumerate(leaves):
             if g is None:
                 out.append((None, m, v))
                 continue
             if m is None or g.shape != p.shape:
+                path = tree.flatten_with_path(params)[i][0]
                 raise ValueError(f"adamw: {path} has a gradient of shape {tuple(g.shape)}, but " + (
                     "its moments are None: it was frozen at init; init the optimizer again" if m is None else f"its parameter has {tuple(p.shape)}"))
-            decay = -rate * weight_decay * (mask is None or mask(path, p))
+            decay = -rate * weight_decay * decays[i]
             old_m, old_v = local(m).contiguous(), local(v).contiguous()
             new_m, new_v = (old_m, old_v) if ops.donate else (torch.empty_like(old_m), torch.empty_like(old_v))
             u = taken.own(local(g), old_m.dtype)
@@ -62,13 +64,13 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
         for (where, _), job in jobs.items():
             kernel = _fused if device.has_fused_adamw(where) else _plain
             adam = partial(kernel, step=int(step), lr=rate, beta1=b1, beta2=b2, eps=eps)
-            for decays, us, ps, old_ms, old_vs, ms, vs in _buckets(job, device.piece(where)):
+            for rates, us, ps, old_ms, old_vs, ms, vs in _buckets(job, device.piece(where)):
                 if not ops.donate:
                     torch._foreach_copy_(ms + vs, old_ms + old_vs)
-                scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], decays)        # the update starts as the decay
+                scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], rates)        # the update starts as the decay
                 adam(scratch, us, ms, vs)
                 torch._foreach_copy_(us, scratch)
-        updates, ms, vs = (rebuild(params, [triple[i] for triple in out]) for i in range(3))
+        updates, ms, vs = (tree.unflatten([triple[i] for triple in out], params) for i in range(3))
         return updates, {"step": step, "m": ms, "v": vs}
     return Optimizer(init, update)
 

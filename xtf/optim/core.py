@@ -4,8 +4,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from xtf import tree
+from xtf.grad import Taken
 from xtf.ops import LOCAL, Ops
-from xtf.optim.walk import align, rebuild
 from xtf.parallel.collectives import like, local
 
 
@@ -71,33 +71,13 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
 
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
         norm = ops.norm(grads).double()
-        leaves, taken = [g for _, g in align("clip_by_global_norm", grads)], Taken()
+        leaves, taken = tree.leaves(grads), Taken()
         parts = [None if g is None else taken.own(local(g)) for g in leaves]
         present = [x for x in parts if x is not None]
         if present:
             torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
-        return rebuild(grads, [None if x is None else like(x, g) for x, g in zip(parts, leaves, strict=True)]), {"norm": norm}
+        return tree.unflatten([None if x is None else like(x, g) for x, g in zip(parts, leaves, strict=True)], grads), {"norm": norm}
     return Optimizer(init, update)
-
-
-class Taken:
-    """Which memory the gradients seen so far occupy. Autograd may return one tensor, or overlapping views, for several leaves
-    (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
-
-    def __init__(self):
-        self.spans: dict[int, list[tuple[int, int]]] = {}
-
-    def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
-        dtype = dtype or g.dtype
-        if g.dtype == dtype and g.is_contiguous():
-            start = g.data_ptr()
-            end = start + g.nbytes
-            spans = self.spans.setdefault(g.untyped_storage().data_ptr(), [])
-            if not any(start < e and s < end for s, e in spans):
-                spans.append((start, end))
-                return g
-        return g.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -111,8 +91,8 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -
     >>> apply_updates({"w": torch.ones(2), "frozen": torch.ones(1)}, {"w": torch.full((2,), -0.5), "frozen": None})
     {'w': tensor([0.5000, 0.5000]), 'frozen': tensor([1.])}
     """
-    leaves = align("apply_updates", params, updates)
-    moved = [(p, local(p).detach(), local(u)) for _, p, u in leaves if u is not None]
+    pairs = tree.zip_leaves(params, updates)
+    moved = [(p, local(p).detach(), local(u)) for p, u in pairs if u is not None]
     if not moved:
         return params
     old, add = [p for _, p, _ in moved], [u for *_, u in moved]
@@ -120,4 +100,4 @@ def apply_updates(params: tree.Tree, updates: tree.Tree, donate: bool = False) -
         torch._foreach_add_(old, add)
     new = old if donate else torch._foreach_add(old, add)
     sums = iter([like(x.to(p.dtype), p).requires_grad_(p.requires_grad) for x, (p, *_) in zip(new, moved, strict=True)])
-    return rebuild(params, [p if u is None else next(sums) for _, p, u in leaves])
+    return tree.unflatten([p if u is None else next(sums) for p, u in pairs], params)

@@ -14,7 +14,8 @@ from xtf.parallel.collectives import Group
 def mesh(**sizes: int) -> DeviceMesh | None:
     """The mesh with these axes: `replicate`, `dp` and `ep` divide packs, `sp` is for `ulysses`; other names are for your transforms.
 
-    Ranks are numbered with the last axis fastest: replicate, dp, ep, sp, then yours. Without torch.distributed, where every size is 1, it is None: one process.
+    Ranks are numbered with the last axis fastest: replicate, dp, ep, sp, then yours. Without torch.distributed, where every size
+    is 1, it is None: one process.
 
     Raises ValueError if the sizes do not multiply to the number of ranks.
 

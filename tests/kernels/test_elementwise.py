@@ -1,0 +1,101 @@
+"""swiglu against torch's silu, apply_rope against transformers'; gradients, what they save, and that they compile whole."""
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from xtf.kernels.rope import apply_rope
+from xtf.kernels.swiglu import swiglu
+
+EXACT = 1e-13
+
+
+def leaf(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def angles(P, T, d, dtype=torch.float64):
+    half = torch.randn(P, T, d // 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).mul(3)
+    both = torch.cat([half, half], -1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def saved_elements(fn, *args):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        fn(*args)
+    return sum(sizes)
+
+
+def assert_same(fn, expected_fn, inputs):
+    got, expected = fn(*inputs), expected_fn(*inputs)
+    g = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(5))
+    for a, b in zip([got, *torch.autograd.grad(got, inputs, g)], [expected, *torch.autograd.grad(expected, inputs, g)], strict=True):
+        torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+
+
+def test_swiglu_is_the_formula():
+    assert_same(swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, [leaf(5, 7), leaf(5, 7, seed=1)])
+    both = leaf(5, 14)                                                          # halves of one product: rows with gaps between them
+    assert_same(lambda both: swiglu(*both.chunk(2, -1)), lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], [both])
+
+
+def test_swiglu_saves_its_inputs_alone():
+    assert saved_elements(swiglu, leaf(5, 7), leaf(5, 7)) == 2 * 35
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_rope_is_transformers(heads_first):
+    x = leaf(2, 4, 6, 8).transpose(1, 2) if heads_first else leaf(2, 6, 4, 8)
+    cos, sin = angles(2, 6, 8)
+    theirs = lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+    assert_same(lambda x: apply_rope(x, cos, sin), theirs, [x.detach().requires_grad_()])
+
+
+def test_rope_with_other_angles_in_each_half():
+    cos, sin = torch.rand(2, 2, 6, 8, dtype=torch.float64)
+    assert_same(lambda x: apply_rope(x, cos, sin), lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0], [leaf(2, 6, 4, 8)])
+
+
+def test_rope_in_bf16_is_rounded_once():
+    x, (cos, sin) = leaf(1, 6, 2, 8, dtype=torch.bfloat16), angles(1, 6, 8, torch.float32)
+    got = apply_rope(x, cos, sin)
+    exact = apply_rotary_pos_emb(x.double(), x.double(), cos.double(), sin.double(), unsqueeze_dim=2)[0]
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - exact).abs() <= 2 ** -8 * exact.abs() + 2 ** -20).all()      # half a unit of bf16, and float32's own error
+    assert torch.autograd.grad(got.sum(), x)[0].dtype == torch.bfloat16
+
+
+def test_rope_saves_its_angles_alone():
+    cos, sin = angles(1, 6, 8)
+    assert saved_elements(apply_rope, leaf(1, 6, 4, 8), cos, sin) == 2 * 48
+
+
+def test_rope_where_the_angles_need_gradients():
+    x, (cos, sin) = leaf(1, 3, 2, 4), angles(1, 3, 4)
+    leaves = [x, cos.requires_grad_(), sin.requires_grad_()]
+    assert_same(apply_rope, lambda x, cos, sin: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0], leaves)
+
+
+def test_under_torch_func_and_compile():
+    x, gate, (cos, sin) = leaf(2, 6, 4, 8), leaf(2, 6, 4, 8, seed=1), angles(2, 6, 8)
+    fn = lambda x, gate: swiglu(gate, apply_rope(x, cos, sin)).square().sum()
+    expected = torch.autograd.grad(fn(x, gate), (x, gate))
+    one = lambda x, gate, cos, sin: swiglu(gate[None], apply_rope(x[None], cos[None], sin[None])).square().sum()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    by_example = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)))(x.detach(), gate.detach(), cos, sin)
+    for got in (by_example, torch.autograd.grad(compiled(x, gate), (x, gate))):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
+    tangents = torch.ones_like(x), torch.ones_like(gate)
+    _, along = torch.func.jvp(fn, (x.detach(), gate.detach()), tangents)
+    torch.testing.assert_close(along, sum(g.sum() for g in expected), rtol=EXACT, atol=EXACT)
+
+
+def test_errors_say_what_does_not_fit():
+    cos, sin = angles(1, 6, 8)
+    with pytest.raises(ValueError, match="must be alike"):
+        swiglu(leaf(5, 7), leaf(5, 6))
+    for x in (leaf(6, 4, 8), leaf(1, 5, 4, 8), leaf(1, 6, 4, 6)):
+        with pytest.raises(ValueError, match="do not fit"):
+            apply_rope(x, cos, sin)
