@@ -71,8 +71,11 @@ class Case(NamedTuple):
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
 
-def ragged(shape: Shape, packs: int, seq_len: int, seed: int, whole: bool = False) -> Batch:
-    """Full packs of random tokens, in documents of ragged lengths (log-normal, a third of the pack in the median), or one a pack if `whole`."""
+def ragged(shape: Shape, packs: int, seq_len: int, seed: int, whole: bool = False, trained: float = 1.0) -> Batch:
+    """Full packs of random tokens in documents of ragged lengths (log-normal, a third of the pack in the median), or one a pack if `whole`.
+
+    The loss is on the last `trained` part of each document, as it is on the answers of chats.
+    """
     g = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(packs):
@@ -80,7 +83,7 @@ def ragged(shape: Shape, packs: int, seq_len: int, seed: int, whole: bool = Fals
         while sum(lengths) < seq_len:
             drawn = int((torch.randn((), generator=g) * 0.7).exp() * seq_len / 3)
             lengths.append(min(max(drawn, 8), seq_len - sum(lengths)))
-        rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), [1] * n) for n in lengths])
+        rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), torch.arange(n) >= n - trained * n) for n in lengths])
     return stack([pack(row, seq_len, max_documents=seq_len // 8 + 1) for row in rows])
 
 
@@ -176,8 +179,8 @@ def hf_model(case: Case, shape: Shape) -> Any:
 
 
 def hf_inputs(case: Case, batch: Batch) -> list[tuple[dict, torch.Tensor]]:
-    """(arguments, labels) of each forward; transformers shifts labels itself, so a document's first token is what must not be predicted."""
-    labels = batch.input_ids.masked_fill(batch.positions == 0, -100)
+    """(arguments, labels) of each forward. transformers shifts labels itself: the token after one with weight is a label."""
+    labels = batch.input_ids.masked_fill(F.pad(batch.loss_mask[:, :-1], (1, 0)) == 0, -100)
     parts = [(batch.input_ids, batch.positions, labels, batch)]
     if case.layout == "flat":
         parts = [(*(x.flatten()[None] for x in parts[0][:3]), batch)]

@@ -69,7 +69,7 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
 
     Raises SystemExit, naming the flag, where one is missing, malformed, contradicts another or is not there yet.
 
-    >>> parse(Flags, ["--model", "m", "--data", "d", "--out", "o", "--steps", "3"]).steps
+    >>> parse(Flags, ["--model", ".", "--data", ".", "--out", "runs", "--steps", "3"]).steps
     3
     """
     argv = list(sys.argv[1:] if argv is None else argv)

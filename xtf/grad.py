@@ -18,19 +18,17 @@ class Taken:
     (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
 
     def __init__(self):
-        self.spans: dict[int, list[tuple[int, int]]] = {}
+        self.owners: dict[int, list[torch.Tensor]] = {}              # by storage
 
     def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
-        dtype = dtype or g.dtype
-        if g.dtype == dtype and g.is_contiguous():
-            start = g.data_ptr()
-            end = start + g.nbytes
-            spans = self.spans.setdefault(g.untyped_storage().data_ptr(), [])
-            if not any(start < e and s < end for s, e in spans):
-                spans.append((start, end))
+        if (dtype is None or g.dtype == dtype) and g.is_contiguous():
+            owners = self.owners.setdefault(g.untyped_storage().data_ptr(), [])
+            start, end = (g.data_ptr(), g.data_ptr() + g.nbytes) if owners else (0, 0)
+            if not any(start < o.data_ptr() + o.nbytes and o.data_ptr() < end for o in owners):
+                owners.append(g)
                 return g
-        return g.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return g.to(dtype or g.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.Tree]]:

@@ -125,10 +125,14 @@ def _label(fn: Callable) -> str:
 def local_norm(grads: tree.Tree) -> torch.Tensor:
     """The 2-norm over all leaves (None left out), accumulated in float64 over leaves."""
     present = [g for g in tree.leaves(grads) if g is not None]
-    if not present:
-        return torch.zeros(())
-    wide = [g if g.dtype.itemsize >= 4 else g.float() for g in present]
-    return torch.stack([n.double() for n in torch._foreach_norm(wide)]).square().sum().sqrt()
+    return leaf_norms(present).square().sum().sqrt() if present else torch.zeros(())
+
+
+def leaf_norms(leaves: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of each tensor, float64 [len(leaves)]."""
+    norms = torch._foreach_norm([x if x.dtype.itemsize >= 4 else x.float() for x in leaves])
+    same = all(n.dtype == norms[0].dtype for n in norms)
+    return torch.stack(norms if same else [n.double() for n in norms]).double()
 
 
 def _same(x: Any, *_: Any, **__: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import tree
 from xtf.layout import AXES, Place
-from xtf.ops import LOCAL, Ops, scan_with
+from xtf.ops import LOCAL, Ops, leaf_norms, scan_with
 from xtf.parallel import collectives as C
 from xtf.parallel import mesh as M
 from xtf.parallel.collectives import local
@@ -163,8 +163,7 @@ def base_ops(env: Env, transforms: tuple[Transform, ...]) -> Ops:
         present = [g for g in tree.leaves(grads) if g is not None]
         copies = [math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate()) if isinstance(g, DTensor) else mesh.size()
                   for g in present]
-        wide = [local(g) if g.dtype.itemsize >= 4 else local(g).float() for g in present]
-        squares = torch.stack([n.double() for n in torch._foreach_norm(wide)]).square()
+        squares = leaf_norms([local(g) for g in present]).square()
         share = (squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)).sum()
         return C.sum_(share, M.world(mesh)).sqrt()
 

@@ -25,8 +25,8 @@ def check_cpu(report: dict) -> None:
             assert "failed" not in r, r
             assert len(r["seconds"]) == len(r["cpu_seconds"]) and min(r["seconds"]) > 0 and 0 < r["of_peak"] < 1
         # One set of weights, one batch: what float32 sums in any order agrees to 1e-6 or so, what bf16 rounds to its eps of 2^-8.
-        assert group["compared"]["loss_spread"] < (1e-5 if group["rows"][0]["dtype"] == "fp32" else 2 ** -8)
-        assert math.isfinite(group["compared"]["speed"]["ratio"])
+        assert group["loss_spread"] < (1e-5 if group["rows"][0]["dtype"] == "fp32" else 2 ** -8)
+        assert group["compared"] and all(math.isfinite(c["speed"]) and c["speed"] > 0 for c in group["compared"].values())
         assert group["rows"][0]["first_loss"] == pytest.approx(math.log(group["shape"]["vocab"]), rel=0.1)
     assert all(r["memory"]["tensors"] > 0 for r in report["groups"][0]["rows"])
 
@@ -38,7 +38,7 @@ def test_cpu(tmp_path):
     check_cpu(report)
     ours = next(r for r in report["groups"][0]["rows"] if r["who"] == "xtf")
     assert sum(share for _, _, share in ours["profile"]) <= 1 + 1e-9 and ours["profile"][0][2] > 0
-    assert "product peak" in done.stdout and "ratio" in done.stdout
+    assert "product peak" in done.stdout and "times as fast" in done.stdout
 
 
 def test_gpu_rehearsal(tmp_path):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from xtf.kernels import swiglu as swiglu_kernel
 from xtf.kernels.rope import apply_rope
 from xtf.kernels.swiglu import swiglu
 
@@ -34,13 +35,16 @@ def assert_same(fn, expected_fn, inputs):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
-def test_swiglu_is_the_formula():
+@pytest.mark.parametrize("small", [0, 2 ** 16])
+def test_swiglu_is_the_formula(monkeypatch, small):
+    monkeypatch.setattr(swiglu_kernel, "SMALL", small)
     assert_same(swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, [leaf(5, 7), leaf(5, 7, seed=1)])
     both = leaf(5, 14)                                                          # halves of one product: rows with gaps between them
     assert_same(lambda both: swiglu(*both.chunk(2, -1)), lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], [both])
 
 
-def test_swiglu_saves_its_inputs_alone():
+def test_swiglu_saves_its_inputs_alone(monkeypatch):
+    monkeypatch.setattr(swiglu_kernel, "SMALL", 0)
     assert saved_elements(swiglu, leaf(5, 7), leaf(5, 7)) == 2 * 35
 
 

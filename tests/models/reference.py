@@ -149,7 +149,13 @@ def family(hf: dict):
     return module, module.config(hf)
 
 
-def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference over b's largest magnitude (over 1 where b is all zeros)."""
+def deviation(a: torch.Tensor, b: torch.Tensor, floor: float = 0.0) -> float:
+    """The largest difference over b's largest magnitude, or over `floor` if that is more (over 1 where both are zero)."""
     assert a.shape == b.shape
-    return ((a - b).abs().max() / (b.abs().max() or 1)).item()
+    return ((a - b).abs().max() / (max(b.abs().max().item(), floor) or 1)).item()
+
+
+def floor(grads: dict) -> float:
+    """A thousandth of the largest of all gradients. Below it a gradient may be what is left of terms that cancel (of q under a window
+    of one token, whose softmax is constant), and has their rounding."""
+    return 1e-3 * max(g.abs().max().item() for g in grads.values())

@@ -103,19 +103,24 @@ def _chunks(x_nD: Tensor, V: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """`out = a @ b`, with `out` in at least float32."""
+def _product(a: Tensor, b: Tensor, out: Tensor, narrow: Tensor | None = None) -> Tensor:
+    """`out = a @ b`, with `out` in at least float32; `narrow` is room for the product in the dtype of a and b, where it is made on CPU."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out) if a.is_cuda else out.copy_(torch.mm(a, b))
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b) if narrow is None else torch.mm(a, b, out=narrow))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, with `total` in at least float32. The out= forms are the ones that FlopCounterMode counts."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
-    else:                                        # widened first: an addition over two dtypes is four times as slow on CPU
-        total.add_(torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda else torch.mm(a, b).to(total.dtype))
+    elif a.is_cuda:
+        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+    else:                                        # widened in pieces that stay in cache: torch's sum over two dtypes takes five times as long
+        for total_part, part in zip(total.split(512), torch.mm(a, b).split(512), strict=True):
+            total_part += part.to(total.dtype)
 
 
 def _to_probs(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,11 +148,13 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
     loss = x_nD.new_zeros((), dtype=wide)
     dx_nD = x_nD.new_empty(n, D, dtype=wide) if needs_x else None
     dweight_VD = x_nD.new_empty(V, D, dtype=wide) if needs_weight and n else None
-    buffer = None
+    buffer = narrow = None
     for at in _chunks(x_nD, V):
         x_CD, weights_C, labels_C1 = x_nD[at], weights_n[at], labels_T[at, None]
-        buffer = x_nD.new_empty(len(x_CD), V, dtype=wide) if buffer is None else buffer     # the first chunk is the longest
-        d_CV = _product(x_CD, weight_VD.T, buffer[:len(x_CD)])
+        if buffer is None or narrow is None:                                                # the first chunk is the longest
+            buffer = x_nD.new_empty(len(x_CD), V, dtype=wide)
+            narrow = buffer if wide == x_nD.dtype else x_nD.new_empty(len(x_CD), V)         # products, then probabilities, in their dtype
+        d_CV = _product(x_CD, weight_VD.T, buffer[:len(x_CD)], narrow[:len(x_CD)])
         label_C, lse_C = _to_probs(d_CV, labels_C1)
         loss += (weights_C * (lse_C - label_C + z_loss * lse_C.square())).sum()
         if dx_nD is None and dweight_VD is None:
@@ -155,7 +162,7 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
         if z_loss:
             d_CV.mul_((1 + 2 * z_loss * lse_C)[:, None])
         d_CV.scatter_add_(1, labels_C1, d_CV.new_full((1, 1), -1).expand_as(labels_C1))
-        d_CV = d_CV.to(x_CD.dtype)
+        d_CV = d_CV if narrow is buffer else narrow[:len(x_CD)].copy_(d_CV)
         if dweight_VD is not None:               # the tokens' weights multiply rows of D numbers, not of V
             rows_CD = (x_CD * weights_C[:, None]).to(x_CD.dtype)
             if at.start == 0:

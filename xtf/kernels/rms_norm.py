@@ -11,6 +11,7 @@ from xtf.kernels import at_least_float32, functorch_active, traced
 
 Tensor = torch.Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+SMALL = 2 ** 12                 # numbers on a CPU up to which torch's own backward has less host time than this file's passes save
 MAX_BLOCK = 4096                # columns at a time; wider rows are read in turns
 
 
@@ -25,8 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, but rows of x {tuple(x.shape)} are {x.shape[-1]} wide")
-    if torch.compiler.is_compiling() or functorch_active():                          # inductor fuses the formula with its neighbours
-        return reference_rms_norm(x, weight, eps)
+    if torch.compiler.is_compiling() or functorch_active() or (x.is_cpu and x.numel() <= SMALL):
+        return reference_rms_norm(x, weight, eps)                                    # compiled, inductor fuses it with its neighbours
     if traced():
         return torch.ops.xtf.rms_norm(x, weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from xtf.kernels import functorch_active
 
 Tensor = torch.Tensor
+SMALL = 2 ** 16                 # numbers on a CPU up to which torch's own backward is faster, host time included, and saves too little to matter
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, elementwise. Saves its two inputs for backward and nothing else: silu(gate) is computed again there.
+    """`silu(gate) * up`, elementwise. Saves its two inputs for backward and nothing else, unless it is small: silu(gate) is computed again there.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6. Raises ValueError if the shapes or dtypes differ.
 
@@ -17,7 +18,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
-    if torch.compiler.is_compiling() or functorch_active():
+    if torch.compiler.is_compiling() or functorch_active() or (gate.is_cpu and gate.numel() <= SMALL):
         return F.silu(gate) * up
     return _Swiglu.apply(gate, up)  # type: ignore[return-value]
 
