@@ -48,16 +48,16 @@ class Place:
     def from_local(self, local: torch.Tensor, shape: tuple[int, ...]) -> DTensor:
         """The DTensor of `shape` whose part on this rank is `local` (moved to the mesh's device; no communication)."""
         stride = [math.prod(shape[i + 1:]) for i in range(len(shape))]
-        out = DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,
-                                 shape=torch.Size(shape), stride=tuple(stride))
-        assert isinstance(out, DTensor)
-        return out
+        return DTensor.from_local(local.to(self.mesh.device_type), self.mesh, self.placements, run_check=False,
+                                  shape=torch.Size(shape), stride=tuple(stride))
 
     def put(self, whole: torch.Tensor) -> DTensor:
         """Cut a whole tensor, which every rank has, into this rank's part (copied)."""
         offset, size = self.box(tuple(whole.shape))
         part = whole.detach()[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].clone()
-        return self.from_local(part, tuple(whole.shape)).requires_grad_(whole.requires_grad)
+        out = self.from_local(part, tuple(whole.shape))
+        out.requires_grad_(whole.requires_grad)
+        return out
 
 
 def parse_mesh(text: str) -> dict[str, int]:
