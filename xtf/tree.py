@@ -128,14 +128,20 @@ class _Mismatch(Exception):
         self.path: list[str] = []
 
 
+@functools.cache
+def _is_leaf(cls: type) -> bool:
+    """Asked before each call below: most nodes are leaves, and a call costs more than the question."""
+    return cls not in (dict, list) and not issubclass(cls, tuple) and _fields(cls) is None
+
+
 def _collect(x: Tree, out: list) -> None:
     t = type(x)
     if t is dict:
         for child in x.values():
-            _collect(child, out)
+            out.append(child) if _is_leaf(type(child)) else _collect(child, out)
     elif t is list or isinstance(x, tuple):
         for child in x:
-            _collect(child, out)
+            out.append(child) if _is_leaf(type(child)) else _collect(child, out)
     elif (fields := _fields(t)) is not None:
         for name in fields[0]:
             _collect(getattr(x, name), out)
@@ -151,7 +157,7 @@ def _align(x: Tree, other: Tree, out: list) -> None:
             if type(other) is not dict or other.keys() != x.keys():
                 raise _mismatch(x, other)
             for key, child in x.items():
-                _align(child, other[key], out)
+                out.append(other[key]) if _is_leaf(type(child)) else _align(child, other[key], out)
         elif t is list or isinstance(x, tuple):
             if type(other) is not t or len(other) != len(x):
                 raise _mismatch(x, other)
@@ -173,7 +179,7 @@ def _align(x: Tree, other: Tree, out: list) -> None:
 def _build(x: Tree, values: Iterator) -> Tree:
     t = type(x)
     if t is dict:
-        return {key: _build(child, values) for key, child in x.items()}
+        return {key: next(values) if _is_leaf(type(child)) else _build(child, values) for key, child in x.items()}
     if t is list:
         return [_build(child, values) for child in x]
     if isinstance(x, tuple):

@@ -86,6 +86,22 @@ def test_frozen_leaves_have_none_and_untouched_ones_zeros():
     assert grads["b"] is None and grads["c"].tolist() == [0, 0] and grads["a"].tolist() == [1, 1]
 
 
+def test_gradients_own_their_memory():
+    """Autograd gives `a + b` one gradient, `cat` overlapping views and `sum` an expanded scalar; micro-batches are added in place."""
+    params = {k: torch.full((4,), 0.5, requires_grad=True) for k in "abcd"}
+
+    def share(p, x, ops):
+        joined = torch.cat([p["c"], p["d"]])
+        return ((p["a"] + p["b"]) * x).sum() + joined.sum() + (joined * torch.arange(8.0)).sum()
+    x = torch.arange(8.0).view(2, 4)
+    _, grads = xtf.microbatch(xtf.value_and_grad(share), 2)(params, x)
+    assert len({g.untyped_storage().data_ptr() + g.storage_offset() for g in grads.values()}) == 4 and all(g.is_contiguous() for g in grads.values())
+    assert grads["a"].tolist() == grads["b"].tolist() == x.sum(0).tolist()
+    assert grads["c"].tolist() == [2, 4, 6, 8] and grads["d"].tolist() == [10, 12, 14, 16]
+    grads["a"].zero_()
+    assert grads["b"].tolist() == x.sum(0).tolist()
+
+
 def test_sums_are_added_like_the_loss():
     share = lambda p, x, ops: ((p["w"] * x).sum(), {"count": torch.tensor(len(x))})
     vg = xtf.microbatch(xtf.value_and_grad(share), 2)

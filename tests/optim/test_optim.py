@@ -194,19 +194,6 @@ def test_law_donation_changes_no_bit_and_without_it_nothing_old_changes(tx, dtyp
         kept = after
 
 
-@laws
-def test_law_gradients_that_share_memory_are_taken_apart(tx):
-    """Autograd gives `a + b` one gradient, `cat` overlapping views, and `sum` an expanded scalar."""
-    p = {k: torch.full((4,), 0.5, requires_grad=True) for k in "abc"} | {"head": torch.full((2,), 0.5, requires_grad=True)}
-    g = torch.tensor([1.0, -2.0, 3.0, 4.0])
-    shared = {"a": g, "b": g, "c": torch.ones(()).expand(4), "head": g[1:3]}
-    apart = tree.tree_map(torch.clone, shared)
-    ours, _ = tx.update(shared, tx.init(p), p, LOCAL)
-    expected, _ = tx.update(apart, tx.init(p), p, LOCAL)
-    for u, e in zip(tree.leaves(ours), tree.leaves(expected), strict=True):
-        assert torch.equal(u, e)
-
-
 @pytest.fixture
 def last_of_four():
     """Rank 3 of 4 without the others: collectives do nothing, so only placement can be looked at."""

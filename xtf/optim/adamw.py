@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from xtf import device, tree
-from xtf.grad import Taken
 from xtf.ops import LOCAL, Ops
 from xtf.optim.core import Optimizer
 from xtf.optim.schedules import Schedule
@@ -43,9 +42,10 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
         leaves = tree.zip_leaves(params, grads, state["m"], state["v"])
         decays = [True] * len(leaves) if mask is None else [mask(path, p) for path, p in tree.flatten_with_path(params)]
         rate = float(lr(state["step"])) if callable(lr) else lr
-        step, taken = state["step"] + 1, Taken()
+        step = state["step"] + 1
         jobs: dict[tuple, list[tuple]] = {}
-        out = []
+        out: list[tuple] = []
+        shrink = -rate * weight_decay
         for i, (p, g, m, v) in enumerate(leaves):
             if g is None:
                 out.append((None, m, v))
@@ -54,13 +54,12 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
                 path = tree.flatten_with_path(params)[i][0]
                 raise ValueError(f"adamw: {path} has a gradient of shape {tuple(g.shape)}, but " + (
                     "its moments are None: it was frozen at init; init the optimizer again" if m is None else f"its parameter has {tuple(p.shape)}"))
-            decay = -rate * weight_decay * decays[i]
-            old_m, old_v = local(m).contiguous(), local(v).contiguous()
+            old_m, old_v, u = local(m), local(v), local(g)
             new_m, new_v = (old_m, old_v) if ops.donate else (torch.empty_like(old_m), torch.empty_like(old_v))
-            u = taken.own(local(g), old_m.dtype)
+            u = u.to(old_m.dtype, memory_format=torch.contiguous_format)                          # itself, as value_and_grad gives it
             out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
-                jobs.setdefault((u.device, u.dtype), []).append((decay, u, local(p), old_m, old_v, new_m, new_v))
+                jobs.setdefault((u.device, u.dtype), []).append((shrink * decays[i], u, local(p), old_m, old_v, new_m, new_v))
         for (where, _), job in jobs.items():
             kernel = _fused if device.has_fused_adamw(where) else _plain
             adam = partial(kernel, step=int(step), lr=rate, beta1=b1, beta2=b2, eps=eps)
@@ -70,8 +69,9 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
                 scratch = torch._foreach_mul([p.to(us[0].dtype) for p in ps], rates)        # the update starts as the decay
                 adam(scratch, us, ms, vs)
                 torch._foreach_copy_(us, scratch)
-        updates, ms, vs = (tree.unflatten([triple[i] for triple in out], params) for i in range(3))
-        return updates, {"step": step, "m": ms, "v": vs}
+        column = lambda i: tree.unflatten([triple[i] for triple in out], params)
+        moments = {k: state[k] for k in "mv"} if ops.donate else {"m": column(1), "v": column(2)}
+        return column(0), {"step": step, **moments}
     return Optimizer(init, update)
 
 

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from xtf import tree
-from xtf.grad import Taken
 from xtf.ops import LOCAL, Ops
 from xtf.parallel.collectives import like, local
 
@@ -22,7 +21,8 @@ class Optimizer(NamedTuple):
 
     init(params) -> state: a tree of tensors; each moment has its parameter's placement, and is None at a frozen leaf.
     update(grads, state, params, ops) -> (updates, state): what to add to the parameters; None at leaves without gradient.
-        It may overwrite `grads` (updates live in their memory), and the old state and parameters only if `ops.donate`.
+        It may overwrite `grads` (updates live in their memory, so no two may share any: `value_and_grad` sees to that), and the
+        old state and parameters only if `ops.donate`.
 
     >>> sgd = Optimizer(lambda params: (), lambda grads, state, params, ops=LOCAL: (tree.tree_map(lambda g: -0.1 * g, grads), state))
     >>> updates, _ = sgd.update({"w": torch.ones(2)}, sgd.init({}), {"w": torch.zeros(2)})
@@ -71,12 +71,10 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
 
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
         norm = ops.norm(grads).double()
-        leaves, taken = tree.leaves(grads), Taken()
-        parts = [None if g is None else taken.own(local(g)) for g in leaves]
-        present = [x for x in parts if x is not None]
+        present = [local(g) for g in tree.leaves(grads) if g is not None]
         if present:
             torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
-        return tree.unflatten([None if x is None else like(x, g) for x, g in zip(parts, leaves, strict=True)], grads), {"norm": norm}
+        return grads, {"norm": norm}
     return Optimizer(init, update)
 
 
