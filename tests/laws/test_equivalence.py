@@ -11,9 +11,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 import xtf
 from tests import outsider
 from xtf import tree
+from xtf.data.batch import Batch
 from xtf.parallel import fsdp, ulysses
 from xtf.parallel.collectives import local
 from xtf.testing import Layout, assert_equivalent, layouts, token_batches
+from xtf.transforms import bf16, jit
 
 USER = {"specs": outsider.specs(), "opt": outsider.opt, "vocab_size": outsider.V}
 
@@ -110,3 +112,20 @@ def test_a_step_without_tokens_changes_nothing_by_the_loss():
     def batches(layout):
         return token_batches(outsider.V)(layout).map(lambda b: replace(b, loss_mask=torch.zeros_like(b.loss_mask)))
     assert_equivalent(outsider.step, [DP2], batches=batches, examples=2, specs=USER["specs"], opt=USER["opt"])
+
+
+def test_compiled_blocks_in_bf16():
+    """One step of the tiny model in bf16, compiled and not: to a few roundings of 8 bits."""
+    batch = find_batch()
+    losses = []
+    for more in ((), (jit(donate=False),)):
+        step = xtf.shard(outsider.step, bf16(), *more, specs=outsider.specs(torch.float32))
+        params = xtf.init(step.specs)
+        losses.append(step(xtf.TrainState.create(params, outsider.opt.init(params)), batch)[1]["loss"])
+    assert abs(losses[0] / losses[1] - 1) < 2 ** -7
+
+
+def find_batch():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(outsider.V, (2, 8), generator=g)
+    return Batch(ids, ids.roll(-1, 1), torch.ones(2, 8), torch.arange(8).expand(2, 8), torch.tensor([[0, 8, 8]] * 2, dtype=torch.int32))

@@ -21,6 +21,11 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# Asked once: torch.compile does not trace these questions.
+_SLOW_ON_CPU = tuple(dtype for dtype, fast in ((torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+                                               (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported)) if not fast())
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a product of `dtype` operands is computed: float32 for bf16 and fp16 on processors without such products.
 
@@ -29,7 +34,4 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     >>> product_dtype(torch.float64, torch.device("cpu"))
     torch.float64
     """
-    if device.type != "cpu" or dtype.itemsize != 2:
-        return dtype
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype if fast else torch.float32
+    return torch.float32 if device.type == "cpu" and dtype in _SLOW_ON_CPU else dtype
