@@ -21,11 +21,13 @@ PACKS = ("replicate", "dp", "ep")               # a fact of the mesh: ranks that
 
 @dataclass(frozen=True)
 class Env:
-    """What a transform's `wrap` may know: the mesh, the token axes, the layout, and the dtype that a leaf computes in."""
+    """What a transform's `wrap` may know: the mesh, the token axes, the layout, the dtype that a leaf computes in, and whether that is
+    another than it is stored in for any."""
     mesh: DeviceMesh | None
     tokens: tuple[str, ...]
     layout: Any
     cast: Callable[[torch.Tensor], torch.dtype]
+    casts: bool
 
     def size(self, axis: str) -> int:
         """Ranks along an axis, 1 where the mesh does not name it."""
@@ -88,8 +90,9 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
         specs = t.specs(specs)
     tokens = tuple(a for a in axes if M.size(mesh, a) > 1 and (a in PACKS or any(a in t.tokens for t in transforms)))
     layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
-    env = Env(mesh, tokens, layout, functools.partial(_cast, tuple(t.cast for t in transforms if t.cast)))
-    ops = base_ops(env, transforms)
+    rules = tuple(t.cast for t in transforms if t.cast)
+    env = Env(mesh, tokens, layout, functools.partial(_cast, rules), casts=bool(rules))
+    ops = base_ops(env)
     for t in transforms:
         ops = t.wrap(ops, env)
     run = functools.partial(step, ops=ops)
@@ -140,11 +143,11 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
                  copies=math.prod(M.size(mesh, a) for a in store if a not in differ))
 
 
-def base_ops(env: Env, transforms: tuple[Transform, ...]) -> Ops:
+def base_ops(env: Env) -> Ops:
     """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are summed."""
     def whole(params: tree.Tree) -> tree.Tree:
         return tree.tree_map(lambda p: computed(p, env), params)
-    if env.mesh is None and not any(t.cast for t in transforms):
+    if env.mesh is None and not env.casts:
         return LOCAL
     ops = replace(LOCAL, use=lambda fn, params, *args: fn(whole(params), *args), scan=functools.partial(scan_with, whole))
     if env.mesh is None:

@@ -290,3 +290,16 @@ def test_products_in_bf16_without_such_instructions(monkeypatch):
     exact = x.double() @ w.double().T + b.double()
     assert y.dtype == torch.bfloat16 and ((y - exact).abs() <= exact.abs() * 2 ** -8 + 1e-6).all()
     assert torch.autograd.grad(y.sum(), w)[0].dtype == torch.bfloat16
+
+
+def test_one_process_casts_a_block_at_a_time():
+    """With fsdp the bf16 copies of one block are alive, forward and backward; numbers are those of casting everything."""
+    specs = outsider.specs(torch.float32)
+    state, metrics = xtf.shard(outsider.step, bf16(), specs=specs)(fresh(specs), batch())
+    for more, alive in (((fsdp("dp"),), 1), ((fsdp("dp"), remat()), 1), ((fsdp("dp", reshard=False),), outsider.L + 2)):
+        run = xtf.shard(outsider.step, bf16(), *more, specs=specs)
+        other, again = run(fresh(specs), batch())
+        assert run.ops.collect.stats["most_alive"] == alive and run.ops.collect.stats["alive"] == 0
+        assert torch.equal(metrics["loss"], again["loss"])
+        for a, b in zip(tree.leaves(state.params), tree.leaves(other.params), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)

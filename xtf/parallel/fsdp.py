@@ -34,7 +34,9 @@ def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = to
 
     Gathers move the dtype that leaves compute in (`bf16()`: bf16 casts of fp32 masters); gradients are reduced in at least
     `reduce_dtype` (None: as they come). `reshard=False` keeps gathered weights from forward to backward: half the gathers, all the
-    weights in memory. A `replicate` axis left out of `axes` is HSDP: parts are stored per group, gradients summed across groups.
+    weights in memory. Leaves that are whole already but compute in another dtype are treated alike: on one process, too, the cast
+    copies of one block at a time are alive. A `replicate` axis left out of `axes` is HSDP: parts are stored per group, gradients
+    summed across groups.
 
     Sources: ZeRO (arXiv 1910.02054), FSDP (arXiv 2304.11277).
 
@@ -43,18 +45,25 @@ def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = to
     """
     if not axes:
         raise ValueError('fsdp: name the mesh axes to store over, e.g. fsdp("dp", "ep", "sp")')
-    return Transform("fsdp", 10, lambda ops, env: ops if env.mesh is None else _wrap(ops, env, reshard, reduce_dtype), store=axes)
+    return Transform("fsdp", 10, lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None or env.casts else ops, store=axes)
 
 
 class Slot(NamedTuple):
-    """One leaf in its bucket: where, and how to get the leaf back. `front` is its shape with the storage dim in front."""
+    """One leaf in its bucket: where, and how to get the leaf back. `front` is its shape with the storage dim in front.
+
+    `group` is None for a leaf that is whole here and only cast.
+    """
     part: torch.Tensor
     dtype: torch.dtype
     at: int
     dim: int
     front: tuple[int, ...]
     rows: int                                            # rows a rank, ceil(n / W): parts are padded to it
-    group: C.Group
+    group: C.Group | None
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else self.group.size
 
     @property
     def padded(self) -> int:
@@ -66,21 +75,21 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """The stored leaves of one block, whole in one buffer a dtype while they are needed."""
+    """The leaves of one block that are stored in parts or in another dtype, whole in one buffer a dtype while they are needed."""
 
-    def __init__(self, leaves: Sequence[DTensor], env: Env, stats: dict[str, int]):
+    def __init__(self, leaves: Sequence[torch.Tensor], env: Env, stats: dict[str, int]):
         self.slots: list[Slot] = []
         self.sizes: dict[torch.dtype, int] = {}
         self.stats = stats
         for leaf in leaves:
-            part, dim = local(leaf), leaf.placements[0].dim  # pyright: ignore
+            part = local(leaf)
             dtype = env.cast(part)
+            dim, group = (leaf.placements[0].dim, M.group_of(leaf.device_mesh)) if _in_parts(leaf) else (0, None)  # pyright: ignore
             shape = list(part.shape)
-            shape[dim] = leaf.shape[dim]
-            ranks = leaf.device_mesh.size(0)
+            shape[dim] = leaf.shape[dim] if group else shape[dim]
             front = (shape[dim], *shape[:dim], *shape[dim + 1:])
-            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), M.group_of(leaf.device_mesh))
-            self.sizes[dtype] = slot.at + ranks * slot.padded
+            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // (group.size if group else 1)), group)
+            self.sizes[dtype] = slot.at + slot.ranks * slot.padded
             self.slots.append(slot)
         self.flat: dict[torch.dtype, torch.Tensor] = {}
         self.works: list[tuple[Any, torch.Tensor]] = []
@@ -95,10 +104,14 @@ class Bucket:
         with _disable_current_modes():                   # the schedule is no part of what selective checkpoint replays or counts
             self.flat = {d: self.slots[0].part.new_empty(n, dtype=d) for d, n in self.sizes.items()}
             for s in self.slots:
+                whole = self.flat[s.dtype][s.at:s.at + s.ranks * s.padded]
+                if s.group is None:
+                    whole.view(s.front).copy_(s.part.detach())
+                    continue
                 part = s.part.detach().to(s.dtype).movedim(s.dim, 0).reshape(-1)
                 if part.numel() < s.padded:
                     part = F.pad(part, (0, s.padded - part.numel()))
-                self.works.append((C.gather_start(self.flat[s.dtype][s.at:s.at + s.group.size * s.padded], part, s.group), part))
+                self.works.append((C.gather_start(whole, part, s.group), part))
         self.stats["gathers"] += 1
         self.stats["alive"] += 1
         self.stats["most_alive"] = max(self.stats["most_alive"], self.stats["alive"])
@@ -107,7 +120,7 @@ class Bucket:
         """The gathered buffers, once `ahead` has been started behind them."""
         self.start()
         self.wait()
-        if ahead is not None:
+        if ahead is not None and any(s.group for s in ahead.slots):                  # a mere cast has nothing to wait for
             ahead.start()
         return self.flat
 
@@ -143,7 +156,7 @@ class Pending(NamedTuple):
     leaf: torch.Tensor
     grad: torch.Tensor
     work: Any
-    keep: torch.Tensor
+    keep: torch.Tensor | None
 
 
 class Gather(torch.autograd.Function):
@@ -167,10 +180,13 @@ class Gather(torch.autograd.Function):
         for g, s in zip(grads, ctx.bucket.slots, strict=True):
             if g is None or not s.part.requires_grad:
                 continue
+            if s.group is None:
+                ctx.pending.append(Pending(s.part, g.to(s.part.dtype), None, None))
+                continue
             dtype = g.dtype if ctx.reduce_dtype is None else torch.promote_types(g.dtype, ctx.reduce_dtype)
             whole = g.movedim(s.dim, 0).to(dtype).reshape(-1)
-            if whole.numel() < s.group.size * s.padded:
-                whole = F.pad(whole, (0, s.group.size * s.padded - whole.numel()))
+            if whole.numel() < s.ranks * s.padded:
+                whole = F.pad(whole, (0, s.ranks * s.padded - whole.numel()))
             whole = whole.contiguous()
             out = whole.new_empty(s.padded)
             work = C.scatter_start(out, whole, s.group)
@@ -205,15 +221,19 @@ def _border(bucket: Bucket, args: tuple) -> tuple:
     return tree.unflatten(leaves, treedef)
 
 
+def _in_parts(leaf: torch.Tensor) -> bool:
+    return isinstance(leaf, DTensor) and isinstance(leaf.placements[0], Shard) and leaf.device_mesh.size(0) > 1
+
+
 def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -> Ops:
     pending: list[Pending] = []
     stats = {"gathers": 0, "alive": 0, "most_alive": 0}
-    for p in tree.leaves(env.layout):
+    for p in () if env.layout is None else tree.leaves(env.layout):
         M.group_of(p.mesh)                               # making groups is a collective: here, in one order, and not inside a step
 
     def prepare(params: tree.Tree) -> tuple[list, Any, list[int], Bucket | None]:
         leaves, treedef = tree.flatten(params)
-        stored = [i for i, p in enumerate(leaves) if isinstance(p, DTensor) and isinstance(p.placements[0], Shard) and p.device_mesh.size(0) > 1]
+        stored = [i for i, p in enumerate(leaves) if _in_parts(p) or env.cast(local(p)) != p.dtype]
         return leaves, treedef, stored, Bucket([leaves[i] for i in stored], env, stats) if stored else None
 
     def whole(prepared: tuple, ahead: Bucket | None) -> tree.Tree:
@@ -277,7 +297,8 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
     def collect(grads: list, leaves: list) -> list:
         index = {id(x): i for i, x in enumerate(leaves)}
         for p in pending:
-            p.work.wait()
+            if p.work is not None:
+                p.work.wait()
             i = index.get(id(p.leaf))                    # None: left over from a step that raised
             if i is not None:
                 part = p.grad.to(p.leaf.dtype)
