@@ -86,8 +86,9 @@ def child(pipe: Any, case: Case | None, group: Group, threads: int) -> None:
         pipe.send((True, None))
         while (command := pipe.recv()) is not None:
             pipe.send((True, run(*command)))
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
+    except Exception as e:
+        traceback.print_exc()
+        pipe.send((False, traceback.format_exception_only(e)[0].splitlines()[0][:200]))
 
 
 def _runner(case: Case, group: Group) -> Any:
@@ -258,13 +259,16 @@ def show(console: Console, result: dict) -> None:
         table.add_column(head, justify="left" if head == "case" else "right")
     for r in sorted(result["rows"], key=lambda r: statistics.median(r.get("seconds", [math.inf]))):
         if "failed" in r:
-            table.add_row(r["case"], "failed: " + r["failed"].strip().splitlines()[-1])
+            table.add_row(r["case"], "failed")
             continue
         memory = ["", ""] if r["memory"] is None else [f"{r['memory'][k] / 1e6:,.0f}" for k in ("resident", "tensors")]
         table.add_row(r["case"], f"{scale * statistics.median(r['seconds']):.3f}", f"{scale * statistics.median(r['cpu_seconds']):.3f}",
                       f"{r['tokens_per_s']:,.0f}", "" if result["host"] else f"{r['of_peak']:.2f}", *memory, f"{r['first_loss']:.5f}",
                       style="bold" if r["who"] == "xtf" else "")
     console.print(table)
+    for r in result["rows"]:
+        if "failed" in r:
+            console.print(f"  {r['case']} failed: {r['failed']}", style="red", highlight=False)
     for name, c in result["compared"].items():
         text = f"{c['ours']} against {name} ({c['theirs']}): {c['speed']:.3f} times as fast ({c['speed_in_cpu_time']:.3f} in CPU time)"
         if "smallest" in c:

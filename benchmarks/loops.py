@@ -15,6 +15,7 @@ from xtf import device, spec, tree
 from xtf.data.batch import Batch, Sample, pack, stack
 from xtf.models import qwen3
 from xtf.optim import adamw, chain, clip_by_global_norm
+from xtf.parallel import fsdp
 from xtf.transforms import bf16, jit
 
 try:
@@ -125,7 +126,7 @@ def ours(case: Case, shape: Shape) -> Step:
         updates, opt = tx.update(grads, state.opt, state.params, ops)
         return state.apply(updates, opt), {"loss": loss}
 
-    transforms = [jit(compile=case.compile != "none")] + [bf16()] * (case.dtype == "masters")
+    transforms = [jit(compile=case.compile != "none"), fsdp("dp"), *[bf16()] * (case.dtype == "masters")]
     step = xtf.shard(train_step, *transforms, specs=qwen3.specs(cfg, case.weights))
     params = weights(shape, case)
     state = xtf.TrainState.create(params, tx.init(params))

@@ -1,4 +1,4 @@
-"""The benchmarks run, both sides of them compute the same thing, and what fails says so. Times are not tested."""
+"""The benchmarks run, and both sides of them compute the same thing. Times are not tested."""
 import json
 import math
 import os
