@@ -1,0 +1,178 @@
+"""Hugging Face directories on real ranks: each reads its own bytes and no others, together they write one set of files, and fail together."""
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from xtf import hf
+from xtf import safetensors_io as files
+from xtf.layout import Place
+from xtf.spec import Param
+from xtf.testing.pool import pool
+
+S, R = Shard, Replicate()
+EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
+# name -> (shape, dtype in the files, placement over "store" alone, placements over ("store", "rest"))
+LEAVES = {
+    EMBED: ((13, 6), torch.bfloat16, S(0), (S(0), R)),                   # uneven
+    "row": ((8, 6), torch.float32, S(0), (S(0), S(1))),
+    "column": ((5, 9), torch.float32, S(1), (S(1), S(0))),               # uneven and strided
+    "nested": ((11, 4), torch.float16, S(0), (S(0), S(0))),              # the chunk of a chunk
+    "experts": ((3, 6, 8), torch.float32, S(2), (S(1), S(0))),
+    "whole": ((7, 2), torch.float32, R, (R, R)),
+    "rest": ((6, 4), torch.float32, R, (R, S(0))),                       # copies along the first axis, cut along the second
+    "tiny": ((1, 3), torch.float32, S(0), (S(0), S(1))),                 # fewer rows than ranks
+    "scalar": ((), torch.float64, R, (R, R)),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "in"
+    path.mkdir()
+    g = torch.Generator().manual_seed(0)
+    x = {n: torch.randn(shape, generator=g).to(dtype) for n, (shape, dtype, *_) in LEAVES.items()} | {FREQ: torch.arange(3.0)}
+    shards = [{n: x[n] for n in (EMBED, "column", "rest", FREQ)} | {HEAD: x[EMBED].clone()},
+              {n: x[n] for n in ("row", "nested", "experts", "whole", "tiny", "scalar")}]
+    for i, shard in enumerate(shards):
+        save_file(shard, path / f"model-0000{i + 1}-of-00002.safetensors", {"format": "pt"})
+    weight_map = {n: f"model-0000{i + 1}-of-00002.safetensors" for i, shard in enumerate(shards) for n in shard}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (path / "config.json").write_text('{"model_type": "drawn"}')
+    return path
+
+
+def raw(path):
+    return {(f.name, n): (x.dtype, tuple(x.shape), x.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for f in sorted(Path(path).glob("*.safetensors")) for n, x in load_file(f).items()}
+
+
+def tree_of(mesh_shape):
+    mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh_shape)).reshape(mesh_shape), mesh_dim_names=("store", "rest")[:len(mesh_shape)])
+    dtype = lambda shape: torch.float64 if shape == () else torch.float32    # each holds what the files do
+    specs = {f"leaf{i}": Param(shape, dtype(shape), ("a",) * len(shape)) for i, (shape, *_) in enumerate(LEAVES.values())}
+    names = {f"leaf{i}": n for i, n in enumerate(LEAVES)}
+    layout = {f"leaf{i}": Place(mesh, (one,) if len(mesh_shape) == 1 else two) for i, (_, _, one, two) in enumerate(LEAVES.values())}
+    return specs, names, layout
+
+
+def counting(calls, mp):
+    """Note how many bytes each read returns: preads, and copies out of memory maps."""
+    preadv, strided = os.preadv, files._copy_strided
+
+    def counted(fd, views, position):
+        calls.append(preadv(fd, views, position))
+        return calls[-1]
+
+    def copied(entry, offset, out):
+        strided(entry, offset, out)
+        calls.append(out.numel() * out.dtype.itemsize)
+    mp.setattr(os, "preadv", counted)
+    mp.setattr(files, "_copy_strided", copied)
+
+
+def round_trip(source, out, mesh_shape):
+    specs, names, layout = tree_of(mesh_shape)
+    calls = []
+    with pytest.MonkeyPatch.context() as mp:
+        counting(calls, mp)
+        params = hf.load(source, specs, names, layout)
+    whole = {n: x for f in sorted(source.glob("*.safetensors")) for n, x in load_file(f).items()}
+    share = 0
+    for leaf, x in params.items():
+        assert isinstance(x, DTensor) and x.placements == layout[leaf].placements and x.requires_grad
+        assert torch.equal(x.full_tensor(), whole[names[leaf]].to(specs[leaf].dtype)), names[leaf]
+        share += math.prod(layout[leaf].box(specs[leaf].shape)[1]) * whole[names[leaf]].itemsize * (2 if names[leaf] == EMBED else 1)   # and its twin
+    headers = sum(8 + struct.unpack("<Q", f.read_bytes()[:8])[0] for f in source.glob("*.safetensors"))
+    written = []
+    with pytest.MonkeyPatch.context() as mp:
+        pwrite = os.pwrite
+        mp.setattr(os, "pwrite", lambda fd, view, position: written.append(len(view)) or pwrite(fd, view, position))
+        hf.save(out, params, names, like=source)
+        hf.save(f"{out}-new", params, names, max_shard_bytes=400)
+    return sum(calls) - headers, share, sum(written)
+
+
+@pytest.mark.parametrize("mesh_shape", [(2,), (4,), (2, 2), (4, 1)])
+def test_each_rank_reads_its_share_and_all_write_the_original(source, tmp_path, mesh_shape):
+    results = pool(math.prod(mesh_shape)).run(round_trip, source, tmp_path / "out", mesh_shape)
+    assert all(read == share for read, share, _ in results)
+    assert raw(tmp_path / "out") == raw(source)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "drawn"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-new"]
+    new = {n: x for f in (tmp_path / "out-new").glob("*.safetensors") for n, x in load_file(f).items()}
+    assert new.keys() == LEAVES.keys() and len(list((tmp_path / "out-new").glob("*.safetensors"))) > 2
+    # each byte is written once, whoever holds copies: what all ranks wrote is what the two directories have
+    everything = [f for d in ("out", "out-new") for f in (tmp_path / d).iterdir()]
+    assert sum(w for *_, w in results) == sum(f.stat().st_size for f in everything)
+
+
+def failing(source, out, culprit):
+    """Rank `culprit` cannot write its part; what every rank raised."""
+    specs, names, layout = tree_of((4,))
+    params = hf.load(source, specs, names, layout)
+    with pytest.MonkeyPatch.context() as mp:
+        if dist.get_rank() == culprit:
+            def full(fd, view, position):
+                raise OSError(28, "No space left on device")
+            mp.setattr(os, "pwrite", full)
+        try:
+            hf.save(out, params, names)
+        except Exception as e:
+            return type(e).__name__, str(e)
+
+
+@pytest.mark.parametrize("culprit", [0, 2])
+def test_one_rank_that_fails_fails_all_and_leaves_what_was_there(source, tmp_path, culprit):
+    (tmp_path / "out").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "out" / "model.safetensors")
+    before = raw(tmp_path / "out")
+    errors = pool(4).run(failing, source, tmp_path / "out", culprit)
+    assert [kind for kind, _ in errors] == ["OSError" if r == culprit else "RuntimeError" for r in range(4)]
+    assert all("No space left" in text and "out.partial/model.safetensors" in text for _, text in errors)
+    assert all(f"rank {culprit}: " in text for r, (_, text) in enumerate(errors) if r != culprit)
+    assert raw(tmp_path / "out") == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def mismatched(source):
+    specs, names, layout = tree_of((4,))
+    try:
+        hf.load(source, specs, names, layout)
+    except Exception as e:
+        return type(e).__name__, str(e)
+
+
+def test_a_twin_that_differs_in_one_ranks_rows_fails_all(source, tmp_path):
+    bad = {n: x for f in sorted(source.glob("*.safetensors")) for n, x in load_file(f).items()}
+    bad[HEAD] = bad[EMBED].clone()
+    bad[HEAD][-1] += 1
+    save_file(bad, tmp_path / "model.safetensors")
+    errors = pool(4).run(mismatched, tmp_path)
+    assert [kind for kind, _ in errors] == ["RuntimeError"] * 3 + ["ValueError"] and all(HEAD in text and EMBED in text for _, text in errors)
+
+
+def plain_and_odd(out):
+    """A plain leaf beside DTensors is written once; a leaf that is a partial sum is refused."""
+    mesh = DeviceMesh("cpu", torch.arange(2), mesh_dim_names=("store",))
+    a = Place(mesh, (S(0),)).put(torch.arange(6.0).reshape(3, 2))
+    hf.save(out, {"a": a, "b": torch.arange(5)}, {"a": "a", "b": "b"})
+    odd = DTensor.from_local(torch.ones(3), mesh, [torch.distributed.tensor.Partial()])
+    try:
+        hf.save(out, {"a": a, "odd": odd}, {"a": "a", "odd": "odd"})
+    except ValueError as e:
+        return str(e)
+
+
+def test_plain_leaves_and_partial_sums(tmp_path):
+    for text in pool(2).run(plain_and_odd, tmp_path / "out"):
+        assert "odd of shape [3]" in text and "redistribute" in text
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(got["a"], torch.arange(6.0).reshape(3, 2)) and torch.equal(got["b"], torch.arange(5))

@@ -1,0 +1,113 @@
+"""Law 10 on real ranks: how often fsdp gathers, what it keeps alive, what every collective moves, and that no FLOP is done twice."""
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import xtf
+from tests import outsider
+from xtf import tree
+from xtf.data.batch import Batch, cut
+from xtf.parallel import collectives
+from xtf.testing import Layout, pool
+from xtf.testing.laws import shared_mesh
+from xtf.transforms import bf16
+
+BLOCKS, USES = outsider.L, 2                                            # scan's layers; embedding and (tied) head
+
+
+def batch(num_packs=4, T=8):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(outsider.V, (num_packs, T), generator=g)
+    segments = torch.tensor([[0, 3, T, T]] * num_packs, dtype=torch.int32)
+    positions = torch.tensor([[0, 1, 2, *range(T - 3)]] * num_packs)
+    return Batch(ids, ids.roll(-1, 1), torch.ones(num_packs, T), positions, segments)
+
+
+def run(layout, precision=()):
+    """One step on this rank: (collectives sent, bucket statistics, FLOPs)."""
+    mesh = shared_mesh(layout.mesh)
+    step = xtf.shard(outsider.step, *precision, *layout.transforms(), mesh=mesh, specs=outsider.specs(torch.float32 if precision else torch.float64))
+    params = xtf.init(step.specs, 0, step.layout)
+    state = xtf.TrainState.create(params, outsider.opt.init(params))
+    part = cut(batch(), mesh)
+    counter = FlopCounterMode(display=False)
+    with collectives.record() as sent, counter:
+        step(state, part)
+    return sent, getattr(step.ops.collect, "stats", {}), counter.get_total_flops()
+
+
+def results(layout, precision=()):
+    return pool(layout.num_ranks).run(run, layout, precision)
+
+
+@pytest.mark.parametrize("layout, gathers", [
+    (Layout((("dp", 2),), ("dp",)), 2 * (BLOCKS + USES)),
+    (Layout((("dp", 2),), ("dp",), reshard=False), BLOCKS + USES),
+    (Layout((("dp", 2),), ("dp",), remat=()), 2 * (BLOCKS + USES)),
+    (Layout((("dp", 2),), ("dp",), remat=("attn_out",)), 2 * (BLOCKS + USES)),
+    (Layout((("dp", 2), ("sp", 2)), ("dp", "sp")), 2 * (BLOCKS + USES)),
+])
+def test_two_gathers_a_block_and_two_buckets_alive(layout, gathers):
+    for _, stats, _ in results(layout):
+        # The embedding's backward needs no weight, so its bucket is not gathered again.
+        assert stats["gathers"] == gathers - (1 if layout.reshard else 0)
+        assert stats["alive"] == 0
+        assert stats["most_alive"] <= (2 if layout.reshard else BLOCKS + USES)
+
+
+def bucket_bytes(params, ranks, itemsize):
+    """What one rank sends for one bucket: each leaf's storage rows padded to a multiple of the ranks."""
+    total = 0
+    for p in tree.leaves(params):
+        dim = next((d for d in range(len(p.shape)) if p.shape[d] % ranks == 0), max(range(len(p.shape)), key=lambda d: p.shape[d]))
+        total += -(-p.shape[dim] // ranks) * math.prod(p.shape) // p.shape[dim] * (itemsize if len(p.shape) > 1 else 4 if itemsize == 2 else itemsize)
+    return (ranks - 1) * total
+
+
+@pytest.mark.parametrize("precision, gathered, reduced", [((), 8, 8), ((bf16(),), 2, 4)])
+@pytest.mark.parametrize("layout", [Layout((("dp", 2),), ("dp",)), Layout((("dp", 2), ("sp", 2)), ("dp", "sp"))])
+def test_bytes_are_those_of_the_formula(layout, precision, gathered, reduced):
+    specs, W, sp = outsider.specs(), layout.num_ranks, layout.sizes.get("sp", 1)
+    P, T, HD = 4 // layout.pack_ranks, 8 // sp, outsider.H * outsider.d
+    act = 2 if precision else 8
+    gathers = lambda size: 3 * bucket_bytes(specs["embed"], W, size) + 2 * sum(bucket_bytes(p, W, size) for p in specs["layers"])
+    scatters = lambda size: 2 * bucket_bytes(specs["embed"], W, size) + sum(bucket_bytes(p, W, size) for p in specs["layers"])
+    want = {"all_gather": gathers(gathered), "reduce_scatter": scatters(reduced)}
+    if sp > 1:                                                           # q, k, v and o, forward and backward
+        want["all_to_all"] = outsider.L * 2 * 4 * (sp - 1) * P * T * HD * act // sp
+    for sent, _, _ in results(layout, precision=precision):
+        got = Counter()
+        for s in sent:
+            got[s.kind] += s.bytes
+        scalars = got.pop("all_reduce")                                  # token total, loss, norm: a few bytes
+        assert scalars <= 3 * 2 * 8
+        assert got == want
+
+
+@pytest.mark.parametrize("layout", [Layout((("dp", 2),), ("dp",)), Layout((("sp", 2),), ("sp",)), Layout((("replicate", 2), ("dp", 2)), ("dp",)),
+                                    Layout((("dp", 2), ("sp", 2)), ("dp", "sp"), reshard=False)])
+def test_flops_summed_over_ranks_are_those_of_one_process(layout):
+    one = run(Layout())[2]
+    assert sum(flops for *_, flops in results(layout)) == one
+
+
+def test_products_with_weights_cost_three_times_their_forward():
+    """Without remat exactly 3.0; remat of whole blocks adds one forward of the blocks."""
+    P, T, D, HD, F, V = 4, 8, outsider.D, outsider.H * outsider.d, outsider.F_, outsider.V
+    blocks = 2 * P * T * outsider.L * (4 * D * HD + 2 * D * F)
+    head = 2 * P * T * D * V
+
+    def products(layout):
+        counter = FlopCounterMode(display=False)
+        step = xtf.shard(outsider.step, *layout.transforms(), specs=outsider.specs())
+        params = xtf.init(step.specs)
+        with counter:
+            step(xtf.TrainState.create(params, outsider.opt.init(params)), batch())
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op) and "attend" not in str(op))
+    assert products(Layout()) == 3 * (blocks + head)
+    remat = products(replace(Layout(), remat=()))
+    assert 3 * (blocks + head) < remat <= 4 * blocks + 3 * head
