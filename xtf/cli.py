@@ -1,4 +1,5 @@
 """What recipes share that is not training: flags, starting up, and reading data. The step itself stands in the recipe."""
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,6 +127,8 @@ def samples(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[list[Sample]
     if flags.eval_data:
         held_out, stats = read_samples(flags.eval_data, tokenizer, flags.seq_len, vocab_size=vocab_size)
         say(f"{flags.eval_data}: {stats}")
+        if not held_out:
+            raise ValueError(f"--eval-data {flags.eval_data}: no sample in it has a token that carries loss; give another file or leave the flag out")
         return train, held_out
     return split_off(train, flags.eval_fraction, flags.seed) if flags.eval_fraction else (train, [])
 
@@ -145,11 +148,16 @@ def say(text: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a recipe's main; what a user can mend is one line on stderr and exit status 1."""
+    code = 0
     try:
         main()
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        code = 1
+    if torch.distributed.is_initialized():
+        if code == 0:
+            torch.distributed.barrier()
+        sys.stdout.flush()
+        os._exit(code)             # gloo's threads may abort an interpreter that takes itself apart (seen once in 8 runs of two ranks)
+    if code:
+        raise SystemExit(code)

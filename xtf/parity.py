@@ -1,5 +1,6 @@
 """`python -m xtf.parity DIR`: how far a checkpoint's logits and gradients are from transformers', tensor by tensor."""
 import argparse
+import math
 import sys
 
 import torch
@@ -17,6 +18,7 @@ def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tupl
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     logits, loss = [], torch.zeros((), dtype=dtype)
     for s in sequences:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)       # a dynamic one remembers the longest sequence it met
         out = model(torch.tensor([s])).logits[0]
         logits.append(out.detach())
         if len(s) > 1:
@@ -32,7 +34,8 @@ def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     >>> deviation(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
     0.2
     """
-    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30)).item()
+    value = ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30)).item()
+    return value if math.isfinite(value) else math.inf
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,6 +47,22 @@ def test_a_wrong_model_fails(checkpoint, tmp_path, capsys, monkeypatch):
     assert "BEYOND  logits" in capsys.readouterr().out
 
 
+def test_a_corrupt_file_is_one_line_on_ranks_too(checkpoint, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-100])
+    assert parity.main([str(tmp_path), "--mesh", "dp=2"]) == 1
+    error = capsys.readouterr().err
+    assert "model.safetensors: truncated" in error and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_dynamic_rope_remembers_nothing(checkpoint, tmp_path):
+    """A long sequence, then a shorter one that is beyond the trained length too."""
+    rope = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}, "max_position_embeddings": 16}
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((checkpoint / "config.json").read_text()) | rope))
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    assert parity.main([str(tmp_path), "--lengths", "40,25"]) == 0
+
+
 @pytest.mark.parametrize("arguments, message", [(["nowhere"], "nowhere/config.json: no such file"), (["--mesh", "tp=2"], "'tp=2' is not one of")])
 def test_what_cannot_be_compared_is_said(checkpoint, arguments, message, capsys):
     assert parity.main([str(checkpoint), *arguments] if arguments[0].startswith("-") else arguments) == 1

@@ -187,6 +187,12 @@ def test_meshes_that_do_not_fit(files, tmp_path, more, message):
         train("qwen3_sft", argv(files, tmp_path, "qwen3", *more))
 
 
+def test_held_out_data_without_loss_is_refused(files, tmp_path):
+    (tmp_path / "no.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Nobody answers."}]}) + "\n")
+    with pytest.raises(ValueError, match=r"--eval-data .*no\.jsonl: no sample in it has a token that carries loss"):
+        train("qwen3_sft", [*argv(files, tmp_path / "out"), "--eval-data", str(tmp_path / "no.jsonl")])
+
+
 def test_another_family_is_sent_to_its_recipe(files, tmp_path):
     with pytest.raises(ValueError, match=r"use recipes/llama_sft.py"):
         train("qwen3_sft", argv(files, tmp_path, "llama"))

@@ -31,7 +31,8 @@ class Pool:
     def run(self, fn: Callable, *args: Any) -> list[Any]:
         """`fn(*args)` on every rank; the results by rank. Functions and arguments travel by cloudpickle.
 
-        Raises RuntimeError with the remote traceback if a rank raised or died, or none answered within `timeout` seconds.
+        Raises ValueError or OSError if a rank raised one, RuntimeError with the remote traceback if it raised anything else or died,
+        or did not answer within `timeout` seconds.
         """
         if not self.workers:
             self._start()
@@ -57,10 +58,11 @@ class Pool:
                 try:
                     ok, value = cloudpickle.loads(conn.recv_bytes())  # pyright: ignore
                 except (EOFError, OSError):
-                    ok, value = False, "the process died"
+                    ok, value = False, (RuntimeError, "the process died")
                 if not ok:
                     self.close()
-                    raise RuntimeError(f"rank {rank} of {self.size}: {value}")
+                    kind, text = value
+                    raise kind(f"{text} (rank {rank} of {self.size})")
                 results[rank] = value
         return results
 
@@ -99,8 +101,10 @@ def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str]) -> Non
         try:
             fn, args = cloudpickle.loads(message)
             answer = True, fn(*args)
+        except (ValueError, OSError) as e:                           # what a user can mend arrives as what it is
+            answer = False, (ValueError if isinstance(e, ValueError) else OSError, str(e))
         except BaseException:
-            answer = False, traceback.format_exc()
+            answer = False, (RuntimeError, traceback.format_exc())
         conn.send_bytes(cloudpickle.dumps(answer))
 
 
