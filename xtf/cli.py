@@ -1,4 +1,5 @@
 """What recipes share that is not training: flags, starting up, and reading data. The step itself stands in the recipe."""
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xtf import device, tree
 from xtf.data import Sample, read_samples, split_off
-from xtf.layout import parse_mesh
+from xtf.layout import PACK_AXES, parse_mesh
 from xtf.parallel import fsdp, mesh, ulysses
 from xtf.parallel.mesh import is_main
 from xtf.shard import Transform
@@ -101,9 +102,7 @@ def start(flags: Flags) -> DeviceMesh | None:
     device.keep_pages()
     sizes = parse_mesh(flags.mesh) or ({"dp": world} if world > 1 else {})
     made = mesh(**sizes)
-    packs, ranks = flags.batch_tokens // flags.seq_len, 1
-    for axis in ("replicate", "dp", "ep"):
-        ranks *= sizes.get(axis, 1)
+    packs, ranks = flags.batch_tokens // flags.seq_len, math.prod(sizes.get(axis, 1) for axis in PACK_AXES)
     if packs % ranks:
         raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which do not divide "
                          f"over the {ranks} ranks of replicate × dp × ep; change one of them")

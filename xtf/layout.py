@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import tree
 
-AXES = ("replicate", "dp", "ep", "sp")
+PACK_AXES = ("replicate", "dp", "ep")             # a fact of the mesh: ranks that differ in these hold different packs, in row-major order
+AXES = (*PACK_AXES, "sp")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import tree
-from xtf.layout import AXES, Place
+from xtf.layout import AXES, PACK_AXES, Place
 from xtf.ops import LOCAL, Ops, leaf_norms, scan_with
 from xtf.parallel import collectives as C
 from xtf.parallel import mesh as M
 from xtf.parallel.collectives import local
-
-PACKS = ("replicate", "dp", "ep")               # a fact of the mesh: ranks that differ in these hold different packs
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
             if axis not in AXES and axis not in axes:
                 raise ValueError(f"shard: {t.name} names axis {axis!r}, but the mesh is {M.describe(mesh)}; known axes are {', '.join(AXES)}")
         specs = t.specs(specs)
-    tokens = tuple(a for a in axes if M.size(mesh, a) > 1 and (a in PACKS or any(a in t.tokens for t in transforms)))
+    tokens = tuple(a for a in axes if M.size(mesh, a) > 1 and (a in PACK_AXES or any(a in t.tokens for t in transforms)))
     layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
     rules = tuple(t.cast for t in transforms if t.cast)
     env = Env(mesh, tokens, layout, functools.partial(_cast, rules), casts=bool(rules))
@@ -153,7 +151,7 @@ def base_ops(env: Env) -> Ops:
     if env.mesh is None:
         return ops
     mesh = env.mesh
-    same_pack_axes = tuple(a for a in env.tokens if a not in PACKS)
+    same_pack_axes = tuple(a for a in env.tokens if a not in PACK_AXES)
     places = tree.leaves(env.layout)
 
     def total(x: torch.Tensor) -> torch.Tensor:

@@ -275,3 +275,19 @@ def test_state_goes_through_deepcopy_and_a_dict_as_it_is():
         other = step(tx, *other, make_grads(params, i))
     for a, b in zip(tree.leaves((params, state)), tree.leaves(other), strict=True):
         assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_leaves_that_are_not_contiguous(donate):
+    """Larger than a piece of the walk: what would be cut from a copy would be lost."""
+    shape = (1200, 1000)
+    g, w, m, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(4))
+    tx = adamw(1e-2)
+
+    def step(arrange):
+        params = {"w": arrange(w).requires_grad_()}
+        state = tx.init(params) | {"m": {"w": arrange(m)}, "v": {"w": arrange(v.abs())}}
+        return tx.update({"w": arrange(g)}, state, params, replace(LOCAL, donate=donate))
+    (u, new), (expected, expected_new) = step(lambda x: x.t().contiguous().t()), step(torch.clone)
+    for a, b in ((u, expected), (new["m"], expected_new["m"]), (new["v"], expected_new["v"])):
+        assert torch.equal(a["w"], b["w"])

@@ -10,8 +10,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from xtf import tree
+from xtf.layout import PACK_AXES
 
-PACK_AXES = ("replicate", "dp", "ep")  # ranks that differ in these hold other packs, in row-major order
 POSITION_AXIS = "sp"                   # ranks that differ in this one hold other positions of the same packs
 
 

@@ -45,7 +45,7 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
         step = state["step"] + 1
         jobs: dict[tuple, list[tuple]] = {}
         out: list[tuple] = []
-        shrink = -rate * weight_decay
+        shrink, in_place = -rate * weight_decay, ops.donate
         for i, (p, g, m, v) in enumerate(leaves):
             if g is None:
                 out.append((None, m, v))
@@ -54,9 +54,10 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
                 path = tree.flatten_with_path(params)[i][0]
                 raise ValueError(f"adamw: {path} has a gradient of shape {tuple(g.shape)}, but " + (
                     "its moments are None: it was frozen at init; init the optimizer again" if m is None else f"its parameter has {tuple(p.shape)}"))
-            old_m, old_v, u = local(m), local(v), local(g)
+            old_m, old_v, u = local(m).contiguous(), local(v).contiguous(), local(g).contiguous()  # themselves, from value_and_grad and init
+            in_place = in_place and old_m is local(m) and old_v is local(v)
             new_m, new_v = (old_m, old_v) if ops.donate else (torch.empty_like(old_m), torch.empty_like(old_v))
-            u = u.to(old_m.dtype, memory_format=torch.contiguous_format)                          # itself, as value_and_grad gives it
+            u = u.to(old_m.dtype)
             out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
                 jobs.setdefault((u.device, u.dtype), []).append((shrink * decays[i], u, local(p), old_m, old_v, new_m, new_v))
@@ -70,7 +71,7 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
                 adam(scratch, us, ms, vs)
                 torch._foreach_copy_(us, scratch)
         column = lambda i: tree.unflatten([triple[i] for triple in out], params)
-        moments = {k: state[k] for k in "mv"} if ops.donate else {"m": column(1), "v": column(2)}
+        moments = {k: state[k] for k in "mv"} if in_place else {"m": column(1), "v": column(2)}
         return column(0), {"step": step, **moments}
     return Optimizer(init, update)
 

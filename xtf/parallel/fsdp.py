@@ -59,11 +59,8 @@ class Slot(NamedTuple):
     dim: int
     front: tuple[int, ...]
     rows: int                                            # rows a rank, ceil(n / W): parts are padded to it
+    ranks: int
     group: C.Group | None
-
-    @property
-    def ranks(self) -> int:
-        return 1 if self.group is None else self.group.size
 
     @property
     def padded(self) -> int:
@@ -88,8 +85,9 @@ class Bucket:
             shape = list(part.shape)
             shape[dim] = leaf.shape[dim] if group else shape[dim]
             front = (shape[dim], *shape[:dim], *shape[dim + 1:])
-            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // (group.size if group else 1)), group)
-            self.sizes[dtype] = slot.at + slot.ranks * slot.padded
+            ranks = group.size if group else 1
+            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), ranks, group)
+            self.sizes[dtype] = slot.at + ranks * slot.padded
             self.slots.append(slot)
         self.flat: dict[torch.dtype, torch.Tensor] = {}
         self.works: list[tuple[Any, torch.Tensor]] = []

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from xtf import tree
 from xtf.data.batch import Batch, cut
-from xtf.layout import AXES
+from xtf.layout import AXES, PACK_AXES
 from xtf.ops import Ops
 from xtf.parallel.fsdp import fsdp
 from xtf.parallel.mesh import mesh as make_mesh
@@ -55,7 +55,7 @@ class Layout:
     @property
     def pack_ranks(self) -> int:
         """How many ranks hold different packs."""
-        return math.prod(n for a, n in self.mesh if a != "sp" and a in AXES)
+        return math.prod(n for a, n in self.mesh if a in PACK_AXES)
 
     def transforms(self) -> tuple[Transform, ...]:
         """The transforms to pass to `shard`."""
