@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import llama_sft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xtf import cli, gguf
 from xtf.data import read_samples, stdlib_qa
+from xtf.recipes import llama_sft
 
 OUT = Path("runs/demo")
 STEPS, SEQ_LEN, BATCH_TOKENS, HELD_OUT = 16, 256, 1024, 32

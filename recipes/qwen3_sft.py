@@ -1,30 +1,34 @@
 """Fine-tune a Qwen3 on chats, from one process to many.
 
-    python recipes/qwen3_sft.py --model DIR --data chats.jsonl --out runs/sft
+    python recipes/qwen3_sft.py --model DIR --data chats.jsonl --out runs/sft --save-every 100 --resume auto
     torchrun --nproc_per_node 4 recipes/qwen3_sft.py --mesh dp=2,sp=2 --model DIR --data chats.jsonl --out runs/sft
 
 Everything from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
-from pathlib import Path
-
 import torch
 from transformers import AutoTokenizer
 
 import xtf
 from xtf import cli, hf, layout, models
-from xtf.data import Loader, eval_batches
-from xtf.log import Log
-from xtf.optim import adamw, chain, clip_by_global_norm, schedules
+from xtf.data import eval_batches
+from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
+from xtf.run import Run
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = cli.parse(cli.Flags, argv, __doc__)
-    mesh = cli.start(flags)
+    with Run(flags) as run:
+        if not run.finished:
+            train(flags, run)
+
+
+def train(flags: cli.Flags, run: Run) -> None:
     model, cfg = models.from_hf(flags.model)
     if model is not models.qwen3:
         raise ValueError(f"--model {flags.model}: {model.__name__} is not a Qwen3; use recipes/llama_sft.py")
     schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
-    tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay))
+    tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
+    watch = guard()
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
@@ -32,39 +36,42 @@ def main(argv: list[str] | None = None) -> None:
         def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
             return model.loss(params, batch, cfg, ops) / num_tokens
         loss, grads = xtf.microbatch(xtf.value_and_grad(share), len(batch.input_ids))(state.params, batch, ops)
-        updates, opt = tx.update(grads, state.opt, state.params, ops)
-        return state.apply(updates, opt), {"loss": loss, "grad_norm": opt[0]["norm"], "lr": schedule(state.step)}
+        norm = ops.norm(grads)
+        ok, seen = watch.check(state.extra, loss, norm)                         # False: the step is skipped, on the device
+        updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
+        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), **watch.metrics(seen)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
             return ops.total(torch.stack([model.loss(state.params, batch, cfg, ops), batch.loss_mask.sum()]).double())
 
-    step = xtf.shard(train_step, *cli.transforms(flags), mesh=mesh, specs=model.specs(cfg))
+    step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))
     if flags.dry_run:
         return cli.say(layout.table(step.specs, step.layout))
-    evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=mesh, specs=model.specs(cfg))
+    evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=run.mesh, specs=model.specs(cfg))
 
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    train, held_out = cli.samples(flags, tokenizer, cfg.vocab_size)
-    loader = Loader(train, flags.seq_len, flags.batch_tokens // flags.seq_len, flags.seed)
+    loader, held_out = cli.data(flags, tokenizer, cfg.vocab_size)
+    if flags.show_batch:
+        return cli.show(loader.step(0), tokenizer)
     params = cli.on_device(hf.load(flags.model, step.specs, model.names(cfg), step.layout))
-    state = xtf.TrainState.create(params, tx.init(params), seed=flags.seed)
+    state = xtf.TrainState.create(params, tx.init(params), watch.init(), flags.seed)
+    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
 
-    def held_out_loss():
-        batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, mesh)
+    def held_out_loss(state):
+        batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)
         nll, tokens = torch.stack([evaluate(state, cli.on_device(batch)) for batch in batches]).sum(0).tolist()
         return nll / max(tokens, 1)
 
-    with Log(flags, model, cfg, mesh) as log:
-        if held_out:
-            log.evaluation(0, held_out_loss())
-        for i in range(flags.steps):
-            state, metrics = step(state, cli.on_device(loader.step(i, mesh)))
-            log.step(i + 1, metrics, loader.documents(i))
-            if held_out and (i + 1 == flags.steps or (flags.eval_every and (i + 1) % flags.eval_every == 0)):
-                log.evaluation(i + 1, held_out_loss())
-    hf.save(Path(flags.out) / "hf", state.params, model.names(cfg), like=flags.model)
-    cli.say(f"{flags.out}/hf: the model, as transformers loads it")
+    if held_out and run.first == 0:
+        run.evaluation(0, held_out_loss(state))
+    for i, batch in run.steps():
+        state, metrics = step(state, batch)
+        run.log(i, metrics)
+        if held_out and run.evaluates(i):
+            run.evaluation(i, held_out_loss(state))
+        run.save(i, state)
+    run.finish(state.params)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -12,7 +11,9 @@ import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
 from xtf import device, tree
-from xtf.data import Sample, read_samples, split_off
+from xtf.data import Batch, Encoder, Loader, open_data
+from xtf.data.read import model_path
+from xtf.data.sources import CACHE
 from xtf.layout import PACK_AXES, parse_mesh
 from xtf.parallel import fsdp, mesh, ulysses
 from xtf.parallel.mesh import is_main
@@ -23,13 +24,13 @@ from xtf.transforms import bf16, jit, remat
 class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """Flags of a fine-tuning recipe."""
     model: str
-    """Hugging Face directory to start from."""
-    data: str
-    """JSONL file of chats to train on."""
+    """Directory in Hugging Face's format to start from, or an id on the hub."""
+    data: tuple[str, ...]
+    """Files, folders, globs or hub ids to train on; SOURCE=WEIGHT gives a source that share of the tokens. See docs/data-formats.md."""
     out: str
-    """Directory for metrics.jsonl, loss.png, tensorboard/ and hf/ (the result, as transformers loads it)."""
-    eval_data: str | None = None
-    """JSONL file held out."""
+    """Directory for what the run leaves: run.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/ and hf/ (the model)."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out files."""
     eval_fraction: float = 0.0
     """Without --eval-data: the share of --data to hold out."""
     eval_every: int = 0
@@ -40,15 +41,19 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     batch_tokens: int = 16384
     """Tokens of a step over all ranks, a multiple of --seq-len times the ranks that hold different packs."""
     lr: float = 1e-5
-    """Peak learning rate, of a cosine down to a tenth."""
+    """Peak learning rate."""
     warmup: float = 0.03
     """The fraction of --steps in which the rate rises."""
     weight_decay: float = 0.1
     clip: float = 1.0
     """Global gradient norm."""
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How AdamW keeps its moments."""
+    max_skipped: int = 10
+    """Give up after so many steps in a row with a loss or norm that is not finite or beyond 6 sigma: each is skipped and counted."""
     seed: int = 0
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Computation; parameters, moments and reductions are fp32."""
+    """Computation; parameters and reductions are fp32."""
     mesh: str = ""
     """Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is named)."""
     remat: bool = False
@@ -56,9 +61,35 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     compile: bool = msgspec.field(default_factory=lambda: device.device().type != "cpu")
     """Compile each block."""
     resume: str | None = None
-    """Not there yet: refused."""
+    """`auto`: go on from the newest checkpoint in --out, if there is one. Or the directory of any checkpoint, like runs/a/checkpoints/100."""
+    save_every: int = 0
+    """Save a checkpoint every so many steps and at the end, in the background; 0: only when a signal ends the run."""
+    keep: int = 3
+    """Keep the newest so many checkpoints ..."""
+    keep_every: int = 0
+    """... and those of every so many steps ..."""
+    keep_best: bool = False
+    """... and the one with the least held-out loss."""
+    export_every: int = 0
+    """Write the model to OUT/hf-STEP every so many steps, in the background."""
+    train_on_everything: bool = False
+    """Every token carries loss, not just the assistant's."""
+    on_bad_line: Literal["raise", "skip"] = "raise"
+    """What a line does that cannot be trained on; it is named either way."""
+    group_by_length: bool = False
+    """Make the packs of a step alike in the cost of attention, so that ranks finish together."""
+    cache: str = CACHE
+    """Where tokenised data is kept between runs."""
+    show_batch: bool = False
+    """Print the first batch, its tokens coloured by loss, and stop."""
     dry_run: bool = False
     """Print what each rank would store, and stop."""
+    profile: str | None = None
+    """FROM:TO, steps from FROM up to, without, TO to record for Perfetto in OUT/profile."""
+    wandb: str | None = None
+    """A project of Weights & Biases to log to as well (pip install 'xtf[wandb]')."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which a rank says where it and the others stand, and ends."""
     threads: int = 0
     """CPU threads a rank; 0 divides the machine's."""
 
@@ -74,20 +105,20 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
     >>> parse(Flags, ["--model", ".", "--data", ".", "--out", "runs", "--steps", "3"]).steps
     3
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(a.split("=")[0] == "--resume" for a in argv):
-        raise SystemExit("--resume: not supported yet; start a run in a new --out")
-    flags = tyro.cli(kind, args=argv, description=description)
+    flags = tyro.cli(kind, args=list(sys.argv[1:] if argv is None else argv), description=description)
     if flags.dtype == "fp8":
         raise SystemExit("--dtype fp8: not supported yet; use fp32 or bf16")
-    for name in ("steps", "seq_len", "batch_tokens"):
+    for name in ("steps", "seq_len", "batch_tokens", "keep", "max_skipped"):
         if getattr(flags, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
     if flags.batch_tokens % flags.seq_len:
         raise SystemExit(f"--batch-tokens {flags.batch_tokens}: must be a multiple of --seq-len {flags.seq_len}, since a micro-batch is one pack")
-    for name, value in (("--model", flags.model), ("--data", flags.data), ("--eval-data", flags.eval_data)):
-        if value is not None and not Path(value).exists():
-            raise SystemExit(f"{name} {value}: no such file or directory")
+    try:
+        flags = msgspec.structs.replace(flags, model=str(model_path(flags.model)))
+    except (ValueError, OSError) as e:
+        raise SystemExit(str(e)) from e
+    if flags.keep_best and not (flags.eval_data or flags.eval_fraction):
+        raise SystemExit("--keep-best: needs a held-out loss to go by; give --eval-data or --eval-fraction")
     return flags
 
 
@@ -119,17 +150,19 @@ def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
     return tuple(out)
 
 
-def samples(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[list[Sample], list[Sample]]:
-    """(training, held-out) samples; rank 0 says what became of the lines."""
-    train, stats = read_samples(flags.data, tokenizer, flags.seq_len, vocab_size=vocab_size)
-    say(f"{flags.data}: {stats}")
-    if flags.eval_data:
-        held_out, stats = read_samples(flags.eval_data, tokenizer, flags.seq_len, vocab_size=vocab_size)
-        say(f"{flags.eval_data}: {stats}")
-        if not held_out:
-            raise ValueError(f"--eval-data {flags.eval_data}: no sample in it has a token that carries loss; give another file or leave the flag out")
-        return train, held_out
-    return split_off(train, flags.eval_fraction, flags.seed) if flags.eval_fraction else (train, [])
+def data(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[Loader, Any]:
+    """(the loader of training data, held-out data for `eval_batches`); rank 0 says what became of the lines."""
+    encoder = Encoder(tokenizer, train_on_everything=flags.train_on_everything, vocab_size=vocab_size)
+    train, held_out = open_data(flags.data, encoder, flags.seq_len, eval_data=flags.eval_data, eval_fraction=flags.eval_fraction, seed=flags.seed,
+                                on_bad=flags.on_bad_line, say=say, folder=flags.cache)
+    return Loader(train, flags.seq_len, flags.batch_tokens // flags.seq_len, flags.seed, group_by_length=flags.group_by_length), held_out
+
+
+def show(batch: Batch, tokenizer: Any) -> None:
+    """Print a batch on rank 0, its tokens coloured by loss."""
+    if is_main():
+        from xtf.data.show import show
+        show(batch, tokenizer)
 
 
 def on_device(values: tree.Tree) -> tree.Tree:
@@ -153,6 +186,10 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 1
+    except SystemExit as e:                                          # a signal's, once all is saved; or flags that are wrong
+        if not isinstance(e.code, int | None):
+            print(e.code, file=sys.stderr, flush=True)
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     if torch.distributed.is_initialized():
         if code == 0:
             torch.distributed.barrier()

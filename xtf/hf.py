@@ -115,7 +115,7 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
         with _together(mesh):
             parts = {n: _part(n, x, mesh) for n, x in values.items()}
             wanted = {n: (tuple(x.shape), x.dtype) for n, x in values.items()}
-            if like is None:
+            if like is None or not any(Path(like).glob("*.safetensors")):         # nothing, or a model that has not been trained yet
                 written = {n: (x.dtype, tuple(x.shape)) for n, x in values.items()}
                 shards = files.assign({n: x.numel() * x.dtype.itemsize for n, x in values.items()}, max_shard_bytes)
             else:

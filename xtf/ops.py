@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xtf import tree
+from xtf import device, tree
 from xtf.kernels import attention, experts, product_dtype
 
 
@@ -38,6 +38,8 @@ class Ops:
     total(x): the sum over all ranks that hold other tokens; its adjoint is the same sum.
     same_packs(x): the sum over ranks that hold other positions of the same packs, without gradient.
     norm(tree): the 2-norm over all stored elements, each counted once.
+    matrices(fn, leaves): `fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store it; the results in the
+        leaves' placement (`xtf.parallel.matrices`). For optimizers that need a matrix as a whole.
     whole(leaf): the whole leaf as a plain tensor. collect(grads, leaves): finish a backward pass (`value_and_grad` alone calls it).
     donate: whether the optimizer may overwrite the old state.
     """
@@ -56,6 +58,7 @@ class Ops:
     total: Callable[[torch.Tensor], torch.Tensor]
     same_packs: Callable[[torch.Tensor], torch.Tensor]
     norm: Callable[[tree.Tree], torch.Tensor]
+    matrices: Callable[[Callable, list], list]
     whole: Callable[[torch.Tensor], torch.Tensor]
     collect: Callable[[list, list], list]
     donate: bool = False
@@ -135,6 +138,32 @@ def leaf_norms(leaves: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norms if same else [n.double() for n in norms]).double()
 
 
+def local_matrices(fn: Callable[[torch.Tensor], torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`fn(x_Nab)` of the matrices of leaves [..., a, b] that are whole here."""
+    done = in_stacks(fn, [as_stack(x) for x in leaves])
+    return [y.view(x.shape) for y, x in zip(done, leaves, strict=True)]
+
+
+def as_stack(x: torch.Tensor) -> torch.Tensor:
+    """[..., a, b] as [N, a, b], also where a or b is 0."""
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def in_stacks(fn: Callable[[torch.Tensor], torch.Tensor], stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """`fn` of each [N, a, b], those of one kind put together to fill the device, but no more at a time than that."""
+    kinds: dict[Any, list[int]] = {}
+    for i, x in enumerate(stacks):
+        kinds.setdefault((x.shape[1:], x.dtype, x.device), []).append(i)
+    out = list(stacks)
+    for (shape, _, where), members in kinds.items():
+        x_Nab = torch.cat([stacks[i] for i in members])
+        if x_Nab.numel():
+            y_Nab = torch.cat([fn(x) for x in x_Nab.split(max(1, device.piece(where) // shape.numel()))])
+            for i, y in zip(members, y_Nab.split([len(stacks[i]) for i in members]), strict=True):
+                out[i] = y
+    return out
+
+
 def _same(x: Any, *_: Any, **__: Any) -> Any:
     return x
 
@@ -151,6 +180,7 @@ LOCAL = Ops(
     total=_same,
     same_packs=lambda x: x.detach(),
     norm=local_norm,
+    matrices=local_matrices,
     whole=_same,
     collect=lambda grads, leaves: grads,
 )

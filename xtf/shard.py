@@ -15,6 +15,7 @@ from xtf.ops import LOCAL, Ops, leaf_norms, scan_with
 from xtf.parallel import collectives as C
 from xtf.parallel import mesh as M
 from xtf.parallel.collectives import local
+from xtf.parallel.matrices import matrices
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def base_ops(env: Env) -> Ops:
                 grads[i] = part.view_as(grads[i])
         return grads
 
-    return replace(ops, total=total, same_packs=same_packs, norm=norm, collect=collect,
+    return replace(ops, total=total, same_packs=same_packs, norm=norm, matrices=matrices, collect=collect,
                    whole=lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf)
 
 

@@ -1,8 +1,10 @@
 """The log read back: every file that it writes, and the figures in it by formula."""
 import json
+import sys
 import time
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 
@@ -117,3 +119,43 @@ def test_other_ranks_are_silent(flags, monkeypatch, capsys, tmp_path):
         log.evaluation(0, 1.0)
         log.step(1, metrics(2.0), [4])
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_cuts_back_to_its_checkpoint(flags):
+    flags.steps = 6
+    with Log(flags, MODEL, 1.0) as log:
+        log.evaluation(0, 9.0)
+        for i in range(5):
+            log.step(i + 1, metrics(float(i)), [4])
+        log.evaluation(3, 8.0)
+    with open(f"{flags.out}/metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')                                       # killed in the middle of a row
+    with Log(flags, MODEL, 1.0, first=3) as log:
+        assert [row["step"] for row in rows(flags)] == [0, 1, 2, 3, 3]
+        for i in range(3, 6):
+            log.step(i + 1, metrics(10.0 + i), [4])
+    assert [(row["step"], row["loss"]) for row in rows(flags) if "loss" in row] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]
+    assert log.curves["loss"] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)] and log.curves["eval_loss"] == [(0, 9.0), (3, 8.0)]
+    assert events(flags, "loss") == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]
+
+
+def test_what_is_not_finite_is_null_and_the_mix_has_columns(flags):
+    with Log(flags, MODEL, 1.0) as log:
+        log.step(1, metrics(float("nan")) | {"skipped": 1}, [4], {"web": 3, "code": 1})
+    assert rows(flags)[0]["loss"] is None and (rows(flags)[0]["mix/web"], rows(flags)[0]["mix/code"]) == (3, 1)
+
+
+def test_wandb_gets_the_rows_and_a_resumed_run_its_curve(flags, monkeypatch):
+    seen = []
+    run = SimpleNamespace(log=lambda row, step: seen.append((step, row["loss"])), finish=lambda exit_code: seen.append(exit_code))
+    stub = SimpleNamespace(init=lambda **kw: seen.append((kw["project"], kw["id"], kw["resume"])) or run,
+                           util=SimpleNamespace(generate_id=lambda: f"id{len(seen)}"))
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    flags = msgspec.defstruct("Flags", [("out", str), ("steps", int), ("dtype", str), ("wandb", str)])(flags.out, 3, "fp32", "project")
+    for first in (0, 1):
+        with Log(flags, MODEL, 1.0, first=first) as log:
+            log.step(first + 1, metrics(2.0), [4])
+    assert seen == [("project", "id0", "allow"), (1, 2.0), 0, ("project", "id0", "allow"), (2, 2.0), 0]
+    monkeypatch.setitem(sys.modules, "wandb", None)                         # not installed
+    with pytest.raises(ValueError, match=r"--wandb: .* pip install 'xtf\[wandb\]'"):
+        Log(flags, MODEL, 1.0)

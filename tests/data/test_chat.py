@@ -2,6 +2,7 @@
 
 The chat templates are written anew in the manner of published ones."""
 import json
+import pickle
 import string
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xtf.data import BadLine, read_samples
+from xtf.data import BadLine, Encoder, read_samples
 
 # ChatML, every role alike.
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -37,9 +38,7 @@ THINKING = """{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.rol
 
 # Llama 3's manner: no white space after the token that ends a turn, contents trimmed.
 HEADERS = """{{ bos_token }}{% for m in messages %}<|start_header|>{{ m.role }}<|end_header|>
-
 {{ m.content | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start_header|>assistant<|end_header|>
-
 {% endif %}"""
 
 # The prompt ends in a space.
@@ -70,8 +69,9 @@ def test_the_assistants_words_and_end_token_are_trained(make_tokenizer, write, t
     samples, stats = read_samples(write({"messages": TALK}), tokenizer, 512)
     assert trained_texts(samples, tokenizer) == [[TALK[2]["content"] + end, TALK[4]["content"] + end]]
     whole = tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
-    assert samples[0].ids.tolist() == whole
-    assert (stats.samples, stats.tokens, stats.loss_tokens, stats.straddling) == (1, len(whole), int(samples[0].mask.sum()), 0)
+    n = len(samples[0].ids)
+    assert samples[0].ids.tolist() == whole[:n] and not tokenizer.decode(whole[n:]).strip() and samples[0].mask[-1]    # it ends where the turn does
+    assert (stats.samples, stats.tokens, stats.loss_tokens) == (1, n, int(samples[0].mask.sum())) and not stats.notes
     assert samples[0].ids.dtype == torch.int64 and samples[0].mask.dtype == torch.bool
 
 
@@ -89,11 +89,17 @@ def test_dropped_reasoning_makes_one_sample_of_each_turn(make_tokenizer, write):
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-@pytest.mark.parametrize("template, answer, trained", [(CHATML, "\n\nIs it?", "\nIs it?<|im_end|>"), (SPACED, "the sum", " sum<|eot|>")])
-def test_a_token_that_begins_in_the_prompt_is_counted_and_not_trained(make_tokenizer, write, template, answer, trained, trim_offsets):
+@pytest.mark.parametrize("template, answer, end", [(CHATML, "\n\nIs it?", "<|im_end|>"), (SPACED, "the sum", "<|eot|>")])
+def test_tokens_do_not_cross_the_border_of_prompt_and_answer(make_tokenizer, write, template, answer, end, trim_offsets):
+    """Where they would in the whole text, the turn is a sample of its own, cut there as inference cuts it."""
     tokenizer = make_tokenizer(template, trim_offsets)
-    samples, stats = read_samples(write({"messages": [*TALK[:2], {"role": "assistant", "content": answer}]}), tokenizer, 512)
-    assert trained_texts(samples, tokenizer) == [[trained]] and stats.straddling == 1 and "begin inside a token" in str(stats)
+    talk = [*TALK[:2], {"role": "assistant", "content": answer}, *TALK[3:]]
+    samples, _ = read_samples(write({"messages": talk}), tokenizer, 512)
+    assert sorted(trained_texts(samples, tokenizer)) == sorted([[answer + end], [TALK[4]["content"] + end]])
+    prompt = tokenizer.apply_chat_template(talk[:2], add_generation_prompt=True, return_dict=False)
+    assert sum(s.ids[:len(prompt)].tolist() == prompt and bool(s.mask[len(prompt)]) for s in samples) == 1
+    joined = tokenizer(tokenizer.apply_chat_template(talk[:3], tokenize=False), add_special_tokens=False)["input_ids"]
+    assert joined[:len(prompt)] != prompt                    # so there was something to cut
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30).filter(lambda s: "<|" not in s)
@@ -103,19 +109,14 @@ CONTENT = st.tuples(st.sampled_from(["", "", "\n", "\n\n", " ", "the "]), TEXT).
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), st.booleans())
 def test_prompts_are_what_inference_would_see(make_tokenizer, write, turns, trim_offsets):
-    """Whatever is said: before each trained run stand the prompt's own tokens; a first token merged with the prompt's last is counted."""
+    """Whatever is said, whether or not offsets leave spaces out: before each trained run stand the prompt's own tokens, then all that was said."""
     tokenizer = make_tokenizer(CHATML, trim_offsets)
     talk = [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
-    (sample,), stats = read_samples(write({"messages": talk}), tokenizer, 10_000)
-    ids, mask = sample.ids.tolist(), sample.mask.tolist()
-    (texts,), expected = trained_texts([sample], tokenizer), [answer + "<|im_end|>" for _, answer in turns]
-    assert stats.straddling == sum(t != e for t, e in zip(texts, expected, strict=True)) <= sum(a[:1].isspace() for _, a in turns)
-    assert all(e.endswith(t) for t, e in zip(texts, expected, strict=True))
-    starts = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
-    for k, (start, text, answer) in enumerate(zip(starts, texts, expected, strict=True)):
-        if text == answer:
-            prompt = tokenizer.apply_chat_template(talk[:2 * k + 1], add_generation_prompt=True, return_dict=False)
-            assert ids[:start] == prompt
+    samples, _ = read_samples(write({"messages": talk}), tokenizer, 10_000)
+    wanted = {(*tokenizer.apply_chat_template(talk[:i], add_generation_prompt=True, return_dict=False),
+               *tokenizer(talk[i]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]) for i in range(1, len(talk), 2)}
+    ends = [(s, i + 1) for s in samples for i in range(len(s.ids)) if s.mask[i] and not (i + 1 < len(s.ids) and s.mask[i + 1])]
+    assert {tuple(s.ids[:end].tolist()) for s, end in ends} == wanted and len(ends) == len(turns)
 
 
 def test_train_on_everything(make_tokenizer, write):
@@ -164,9 +165,9 @@ BAD = [
     (b'{"messages": [{"role": "robot", "content": "a"}]}', "unknown role 'robot'"),
     (b'{"messages": [{"role": ["user"], "content": "a"}]}', "unknown role"),
     (b'{"messages": [{"role": "user"}]}', "content is missing"),
-    (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content is a list"),
-    (b'{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "'weight'"),
-    (b'{"messages": [{"role": "assistant", "content": "a"}]}', "the first 0 messages"),
+    (b'{"messages": [{"role": "user", "content": [1]}]}', "content[0] is a int"),
+    (b'{"messages": [{"role": "user", "content": "a", "weight": 2}]}', "weight is 2"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "cannot render tool_calls"),
     (b'{"messages": [{"role": "user", "content": "a"}], "tools": "x"}', "tools"),
     (b'{"input_ids": []}', "input_ids"),
     (b'{"input_ids": [true]}', "input_ids"),
@@ -188,7 +189,7 @@ def test_a_bad_line_is_named(make_tokenizer, write, line, reason):
 
 
 def test_a_template_whose_prompt_is_not_how_turns_begin_is_refused(make_tokenizer, write):
-    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
+    template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\nSure: {% endif %}")
     with pytest.raises(BadLine, match=r"generation prompt after messages\[:2\]"):
         read_samples(write({"messages": TALK}), make_tokenizer(template), 64)
 
@@ -220,3 +221,23 @@ def test_no_line_crashes_and_no_good_line_is_lost(make_tokenizer, write, drawn):
     samples, stats = read_samples(write(*lines), tokenizer, 256, on_bad="skip")
     assert [t for s in samples if (t := tokenizer.decode(s.ids[:-1])).startswith("good ")] == wanted
     assert stats.lines == len(lines) and stats.bad + stats.samples + stats.without_loss >= len(lines)
+
+
+def test_an_encoder_goes_to_other_processes_and_says_what_it_depends_on(make_tokenizer):
+    encoder, line = Encoder(make_tokenizer(CHATML)), json.dumps({"messages": TALK}).encode()
+    before, here = encoder.fingerprint, encoder(line)
+    for other in (pickle.loads(pickle.dumps(encoder)), Encoder(make_tokenizer(CHATML))):
+        there = other(line)
+        assert [(x.ids.tolist(), x.mask.tolist()) for x in there] == [(x.ids.tolist(), x.mask.tolist()) for x in here]
+        assert other.fingerprint == before == encoder.fingerprint and here[0].ids.dtype == "int32"
+    changed = make_tokenizer(CHATML)
+    changed.add_tokens(["hello"])
+    for other, key in ((Encoder(make_tokenizer(MARKED)), "template"), (Encoder(changed), "tokenizer"),
+                       (Encoder(encoder.tokenizer, train_on_everything=True), "options"), (Encoder(encoder.tokenizer, vocab_size=10_000), "options")):
+        assert {k for k in before if other.fingerprint[k] != before[k]} == {key}
+
+
+def test_long_documents_are_split_and_long_chats_are_not(make_tokenizer):
+    encoder = Encoder(make_tokenizer(CHATML))
+    records = [{"text": "a"}, {"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [1, 2]}, {"messages": TALK}]
+    assert [[x.splittable for x in some] for some in encoder.many(records)] == [[True], [True], [False], [False]]

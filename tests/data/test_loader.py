@@ -1,5 +1,7 @@
 """Order by seed alone: any mesh gets its part of the same global batches; epochs, cursors, evaluation and splits lose nothing."""
 import itertools
+import json
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -7,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import xtf.data.loader
 from xtf import tree
-from xtf.data import Loader, Sample, cut, eval_batches, split_off
+from xtf.data import Loader, Sample, Source, cut, eval_batches, mix, split_off
+from xtf.data.batch import share
 
 SEQ_LEN = 16
 
@@ -53,15 +57,20 @@ def test_ranks_hold_the_parts_of_one_global_batch(lengths, seed, i, sizes):
     names = list(sizes)
     place = lambda c: {n: c[names.index(n)] if n in names else 0 for n in ("replicate", "dp", "ep", "sp", "tp")}
     by_place = {tuple(place(c).values()): part for c, part in parts.items()}
-    rows = {}  # put together again by hand: rows in order of (replicate, dp, ep), columns in order of sp
+    rows = {}  # put together again by hand: rows dealt in order of (replicate, dp, ep), columns in order of sp
     for (r, d, e, _, t), part in sorted(by_place.items()):
         if t == 0:
             rows.setdefault((r, d, e), []).append(part)
     for leaf in ("input_ids", "positions", "segments"):
         assert all(torch.equal(getattr(p, leaf), getattr(parts_of[0], leaf)) for parts_of in rows.values() for p in parts_of)
-        assert torch.equal(torch.cat([getattr(p[0], leaf) for p in rows.values()]), getattr(whole, leaf))
+        assert torch.equal(dealt([getattr(p[0], leaf) for p in rows.values()]), getattr(whole, leaf))
     for leaf in ("labels", "loss_mask"):
-        assert torch.equal(torch.cat([torch.cat([getattr(p, leaf) for p in parts_of], 1) for parts_of in rows.values()]), getattr(whole, leaf))
+        assert torch.equal(dealt([torch.cat([getattr(p, leaf) for p in parts_of], 1) for parts_of in rows.values()]), getattr(whole, leaf))
+
+
+def dealt(parts):
+    """Rows of several ranks in the order in which they were dealt: one to each, then the next."""
+    return torch.stack(parts, 1).flatten(0, 1)
 
 
 def test_a_real_mesh_cuts_alike():
@@ -96,50 +105,103 @@ def test_what_does_not_divide_is_named():
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(1, 20))
 def test_each_epoch_takes_each_sample_once_and_goes_on(lengths, packs_per_step, window):
-    loader = Loader(samples_of(lengths), SEQ_LEN, packs_per_step, seed=3, window=window)
-    steps, i = [], 0
-    while loader.cursor(i)["epoch"] < 3:
-        steps.append(loader.step(i).input_ids)
-        i += 1
-    packs = torch.cat(steps).tolist()
-    sizes = [len(loader._packs(e)) for e in range(3)]
+    loader = Loader(samples_of(lengths), SEQ_LEN, 1, seed=3, window=window)
+    packs, of_epoch = [], []
+    while len(of_epoch) < 3 * len(lengths):
+        packs.append(loader.step(len(packs)).input_ids)
+        of_epoch += (packs[-1][packs[-1] > 0].unique() - 1).tolist()
+        assert sorted(lengths[i] for i in (packs[-1][packs[-1] > 0].unique() - 1).tolist()) == sorted(loader.documents(len(packs) - 1))
     for e in range(3):
-        tokens = sorted(t for p in packs[sum(sizes[:e]):sum(sizes[:e + 1])] for t in p if t)
-        assert tokens == [i + 1 for i, n in enumerate(lengths) for _ in range(n)]
+        assert sorted(of_epoch[e * len(lengths):(e + 1) * len(lengths)]) == list(range(len(lengths)))
+    steps = Loader(samples_of(lengths), SEQ_LEN, packs_per_step, seed=3, window=window)      # the same packs, some at a time, the dearest first
+    for i in range(len(packs) // packs_per_step):
+        step = steps.step(i)
+        assert sorted(step.input_ids.tolist()) == sorted(torch.cat(packs[i * packs_per_step:(i + 1) * packs_per_step]).tolist())
+        costs = (step.segments.diff().long() ** 2).sum(1)
+        assert costs.tolist() == sorted(costs.tolist(), reverse=True)
 
 
 def test_epochs_and_seeds_differ():
     samples = samples_of([2 + i % 15 for i in range(200)])
-    first, second = (torch.cat([Loader(samples, SEQ_LEN, 1, seed).step(i).input_ids for i in range(20)]) for seed in (0, 1))
+    take = lambda loader, start: torch.cat([loader.step(start + i).input_ids for i in range(20)])
     loader = Loader(samples, SEQ_LEN, 1, 0)
-    start = len(loader._packs(0))
-    again = torch.cat([loader.step(start + i).input_ids for i in range(20)])
-    assert not torch.equal(first, second) and not torch.equal(first, again)
-    assert loader.efficiency() > 0.95
-    longest = [max(loader.lengths[i] for i in p) for p in loader._packs(0)]
+    start = next(i for i in range(200) if loader.cursor(i)["epoch"] == 1)
+    assert not torch.equal(take(loader, 0), take(Loader(samples, SEQ_LEN, 1, 1), 0)) and not torch.equal(take(loader, 0), take(loader, start))
+    longest = [max(loader.documents(i)) for i in range(start)]
     assert longest != sorted(longest, reverse=True)  # not best-fit's order, longest first
+    tokens = sum(sum(loader.documents(i)) for i in range(start))
+    assert loader.efficiency() == tokens / (start * SEQ_LEN) > 0.95 and tokens == sum(len(s.ids) for s in samples)
 
 
 @settings(max_examples=25, deadline=None)
-@given(LENGTHS, st.integers(1, 4), st.lists(st.integers(0, 25), min_size=1, max_size=6), st.integers(0, 25))
-def test_steps_are_a_function_of_their_number(lengths, packs_per_step, order, resume):
-    samples = samples_of(lengths)
-    ascending = Loader(samples, SEQ_LEN, packs_per_step)
+@given(LENGTHS, st.integers(1, 4), st.lists(st.integers(0, 25), min_size=1, max_size=6), st.integers(0, 25), st.integers(1, 20), st.booleans())
+def test_steps_are_a_function_of_their_number(lengths, packs_per_step, order, resume, window, grouped):
+    make = lambda: Loader(samples_of(lengths), SEQ_LEN, packs_per_step, window=window, group_by_length=grouped)
+    ascending, jumping, resumed = make(), make(), make()
     wanted = [ascending.step(i) for i in range(26)]
-    jumping = Loader(samples, SEQ_LEN, packs_per_step)
     assert all(equal(jumping.step(i), wanted[i]) for i in order)
-    cursor = ascending.cursor(resume)
-    assert all(type(v) is int for v in cursor.values())
-    resumed = Loader(samples, SEQ_LEN, packs_per_step)
+    cursor = json.loads(json.dumps(ascending.cursor(resume)))
     resumed.seek(cursor)
     assert all(equal(resumed.step(i), wanted[i]) for i in range(resume, 26))
     assert resumed.cursor(resume) == cursor
+    assert all(equal(resumed.step(i), wanted[i]) for i in range(26))                        # and what was before
 
 
-def test_a_cursor_of_other_data_is_refused():
-    loader = Loader(samples_of([4, 5, 16]), SEQ_LEN, 1)
-    with pytest.raises(ValueError, match=r"past epoch 2's \d packs"):
-        loader.seek({"step": 9, "epoch": 2, "position": 5})
+def test_a_resumed_loader_draws_nothing_of_what_came_before(monkeypatch):
+    samples = samples_of([2 + i % 15 for i in range(500)])
+    cursor = Loader(samples, SEQ_LEN, 4, window=50).cursor(1000)
+    loader, drawn = Loader(samples, SEQ_LEN, 4, window=50), []
+    loader.seek(cursor)
+    monkeypatch.setattr(xtf.data.loader, "draw", lambda *args: drawn.append(args) or mix.draw(*args))
+    for i in range(1000, 1010):
+        loader.step(i)
+    assert cursor["epoch"] > 10 and len(drawn) <= 3        # of 140 windows
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (dict(seq_len=32), r"seq_len \(16 then, 32 now\)"), (dict(packs_per_step=2), "packs_per_step"), (dict(seed=1), "seed"),
+    (dict(max_documents=7), "max_documents"), (dict(window=9), "window"), (dict(group_by_length=True), "group_by_length"),
+    (dict(samples=samples_of([4, 5, 15])), "data"), (dict(samples=[*samples_of([4, 5]), Sample([3] * 16, [1] * 15 + [0])]), "data"),
+    (dict(samples=[Source("a", samples_of([4, 5, 16]), 1.0), Source("b", samples_of([3]), 2.0)]), "weight of b")])
+def test_a_cursor_of_another_order_is_refused(change, named):
+    make = lambda **kw: Loader(**{**dict(samples=samples_of([4, 5, 16]), seq_len=SEQ_LEN, packs_per_step=1), **kw})
+    cursor = make().cursor(9)
+    make().seek(cursor)
+    with pytest.raises(ValueError, match=f"changed .*{named}"):
+        make(**change).seek(cursor)
+
+
+@pytest.mark.parametrize("packs_per_step", [2, 3, 8])
+def test_grouping_by_length_puts_packs_of_like_cost_in_one_step(packs_per_step):
+    generator = torch.Generator().manual_seed(0)
+    samples = samples_of(torch.randint(2, 33, (400,), generator=generator).tolist())
+    num_packs = next(i for i in range(1000) if Loader(samples, 64, 1).cursor(i)["epoch"] == 1)
+    num_steps = -(-num_packs // packs_per_step)
+    plain, grouped = ([Loader(samples, 64, packs_per_step, group_by_length=g).step(i) for i in range(num_steps)] for g in (False, True))
+    costs = lambda steps: [(b.segments.diff().long() ** 2).sum(1) for b in steps]
+    spread = lambda steps: sum(int(c.max() - c.min()) for c in costs(steps)[:num_steps - 2])
+    assert spread(grouped) < spread(plain) / 4
+    means = [c.double().mean().item() for c in costs(grouped)]
+    assert means != sorted(means) and means != sorted(means, reverse=True)                   # but cheap and dear steps come mixed
+    for steps in (plain, grouped):                                                           # and each sample once, as ever
+        seen = Counter(torch.cat([b.input_ids for b in steps]).flatten().tolist())
+        assert all(seen[i + 1] >= len(s.ids) for i, s in enumerate(samples))
+    assert Loader(samples, 64, packs_per_step, group_by_length=True).efficiency() == Loader(samples, 64, packs_per_step).efficiency()
+
+
+@pytest.mark.parametrize("ranks_", [2, 4, 8])
+def test_ranks_finish_micro_batches_together(ranks_):
+    """Dealt in turn from packs sorted by cost, the ranks' j-th packs differ less than when each rank takes a stretch as it comes."""
+    samples = samples_of([min(256, int(x)) + 2 for x in torch.empty(2000).log_normal_(3, 1.2, generator=torch.Generator().manual_seed(1))])
+    loader = Loader(samples, 260, 4 * ranks_)
+    waits, unsorted = 0, 0
+    for i in range(10):
+        cost = (loader.step(i).segments.diff().long() ** 2).sum(1)
+        by_rank = torch.stack([cost[share(len(cost), 260, m)[0]] for m in ranks(dp=ranks_)])
+        shuffled = cost[torch.randperm(len(cost), generator=torch.Generator().manual_seed(i))].view(ranks_, -1)
+        waits += int((by_rank.max(0).values - by_rank.min(0).values).sum())
+        unsorted += int((shuffled.max(0).values - shuffled.min(0).values).sum())
+    assert waits < 0.4 * unsorted
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,6 +4,7 @@ Fences: `python` runs in the page's one namespace, in order; `python ranks=N` ru
 `text` after either is what it prints (on rank 0); `sh` is checked, not run.
 """
 import contextlib
+import importlib.util
 import io
 import math
 import re
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from xtf import cli, parity
+from xtf import cli, parity, report
 from xtf.layout import parse_mesh
 from xtf.testing import pool
 
@@ -66,7 +67,7 @@ def test_the_readmes_step_is_the_recipes():
     step = re.search(r"^def train_step.*?^    return .*?\n", (ROOT / "README.md").read_text(), re.M | re.S)
     assert step
     indented = re.sub(r"^(?=.)", "    ", step[0], flags=re.M)
-    for name in ("qwen3_sft", "llama_sft"):
+    for name in ("qwen3_sft", "llama_sft", "qwen3_pretrain"):
         assert indented in (ROOT / "recipes" / f"{name}.py").read_text()
 
 
@@ -80,11 +81,16 @@ def check(command: str, file: Path) -> None:
         assert targets and words[1:] and set(words[1:]) <= set(targets[1].split()), command
     elif words[:3] == ["python", "-m", "xtf.parity"]:
         assert parity.main([str(file.parent / "missing") if w == "DIR" else w for w in words[3:]]) == 1    # an unknown flag exits with 2
+    elif words[:3] == ["python", "-m", "xtf.report"]:
+        assert report.main([str(file.parent / "missing") if w == "OUT" else w for w in words[3:]]) == 1
     elif words[0] in ("python", "torchrun"):
         at = next(i for i, w in enumerate(words) if w.endswith(".py"))
         assert words[at].startswith("recipes/") and (ROOT / words[at]).is_file(), command
-        named = ("--model", "--data", "--eval-data")
-        flags = cli.parse(cli.Flags, [str(file) if words[i - 1] in named else words[i] for i in range(at + 1, len(words))])
+        spec = importlib.util.spec_from_file_location("recipe", ROOT / words[at])
+        assert spec and spec.loader
+        spec.loader.exec_module(recipe := importlib.util.module_from_spec(spec))
+        kind = getattr(recipe, "Flags", cli.Flags)
+        flags = cli.parse(kind, [str(file.parent) if words[i - 1] == "--model" else words[i] for i in range(at + 1, len(words))])
         ranks = math.prod(parse_mesh(flags.mesh).values())
         assert words[1:at] == ([] if words[0] == "python" else ["--nproc_per_node", str(ranks)]), f"{command}: the mesh has {ranks} ranks"
     else:

@@ -3,6 +3,7 @@
 `eps` in bounds is the unit roundoff of the dtype, half the distance of neighbouring numbers at 1.
 """
 import copy
+import io
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import device, tree
 from xtf.ops import LOCAL
-from xtf.optim import adamw, apply_updates, chain, clip_by_global_norm, schedules
+from xtf.optim import Optimizer, adamw, apply_updates, chain, clip_by_global_norm, hidden_matrix, lion, moments, muon, partition, schedules, sgd
 from xtf.parallel.collectives import like, local
 
 DONATE = replace(LOCAL, donate=True)
@@ -155,7 +156,37 @@ OPTIMIZERS = {
     "clip": clip_by_global_norm(0.5),
     "clip, adamw": chain(clip_by_global_norm(0.5), adamw(schedules.constant(1e-2))),
     "nothing": chain(),
+    "bf16": adamw(1e-2, moments="bf16"),
+    "int8": chain(clip_by_global_norm(0.5), adamw(schedules.wsd(1e-2, steps=9), moments="int8")),
+    "sgd": sgd(1e-2, weight_decay=0.1),
+    "sgd, momentum": sgd(schedules.linear(1e-2, steps=9), momentum=0.9, nesterov=True),
+    "lion": lion(1e-3, mask=lambda path, p: "norm" not in path),
+    "muon, adamw": partition({"muon": muon(schedules.constant(1e-2)), "adamw": adamw(1e-3)},
+                             lambda path, p: "muon" if hidden_matrix(path, p) else "adamw"),
 }
+ALONE = ("adamw", "no decay", "masked, scheduled", "clip", "clip, adamw", "nothing", "sgd", "sgd, momentum", "lion")   # a leaf's parts on their own
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(moments, "LEAST", 32)
+    monkeypatch.setattr(moments, "BLOCK", 2)
+
+
+def bits(x):
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def equal_bits(a, b):
+    return all((x is None) == (y is None) and (x is None or (x.dtype == y.dtype and torch.equal(bits(local(x)), bits(local(y)))))
+               for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+
+
+def taken(tx, params, state, grads, ok, ops=LOCAL):
+    updates, state = tx.update(grads, state, params, ops, ok=torch.tensor(ok), norm=LOCAL.norm(grads))
+    return apply_updates(params, updates, donate=ops.donate), state
+
+
 laws = pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 
 
@@ -203,10 +234,12 @@ def last_of_four():
     dist.destroy_process_group()
 
 
-@laws
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_law_placement_is_kept(tx, dtype, last_of_four):
-    """A leaf may have no row on this rank; each shard's update is what the shard alone would get."""
+def test_law_placement_is_kept(name, dtype, last_of_four):
+    """A leaf may have no row on this rank; each shard's update is what the shard alone would get. (The others: tests/laws, on real ranks.)"""
+    tx = OPTIMIZERS[name]
+
     def put(x, placements):
         local_ = x.detach()
         for dim, size, rank in ((0, 2, 1), (1, 2, 1)):
@@ -264,17 +297,77 @@ def test_errors_name_the_leaf():
         clip_by_global_norm(0.0)
 
 
-def test_state_goes_through_deepcopy_and_a_dict_as_it_is():
-    """Nothing of a run hides outside the state: two continuations of one state are equal."""
+@laws
+def test_law_a_state_read_from_a_file_goes_on_bit_for_bit(tx):
+    """Nothing of a run hides outside of the state's tensors."""
     params = make_params()
-    tx = chain(clip_by_global_norm(1.0), adamw(schedules.cosine(1e-2, steps=5)))
     params, state = step(tx, params, tx.init(params), make_grads(params, 0))
-    other = clone(params), clone(state)
-    for i in range(1, 3):
+    file = io.BytesIO()
+    torch.save([x for x in tree.leaves((params, state)) if x is not None], file)
+    file.seek(0)
+    read = iter(torch.load(file))
+    fresh = make_params(seed=5)
+    other = tree.tree_map(lambda x: x if x is None else next(read).requires_grad_(x.requires_grad), (fresh, tx.init(fresh)))
+    for i in range(1, 4):
         params, state = step(tx, params, state, make_grads(params, i))
         other = step(tx, *other, make_grads(params, i))
-    for a, b in zip(tree.leaves((params, state)), tree.leaves(other), strict=True):
-        assert a is None or torch.equal(a, b)
+    assert equal_bits((params, state), other)
+
+
+def not_ok_changes_no_bit(tx, dtype):
+    """Whatever is in the gradients, before the first step and after one, donated or not; and one that is ok is as without `ok`."""
+    params = make_params(dtype)
+    with torch.no_grad():
+        params["embed"]["weight"][0] = -0.0                                     # which 0.0 added to it would change
+    now = params, tx.init(params)
+    for i in range(2):
+        for bad in (float("nan"), float("inf"), -1e30):
+            for ops in (LOCAL, DONATE):
+                grads = tree.tree_map(lambda g, bad=bad: None if g is None else g.masked_fill(g > 0, bad), make_grads(params, 9))
+                assert equal_bits(taken(tx, *clone(now), grads, False, ops), now)
+        plain = step(tx, *clone(now), make_grads(params, i))
+        now = taken(tx, *now, make_grads(params, i), True)
+        assert equal_bits(now, plain)
+
+
+@laws
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_law_a_step_that_is_not_ok_changes_no_bit(tx, dtype, fused, monkeypatch):
+    monkeypatch.setattr(device, "has_fused_adamw", lambda where: fused)
+    if tx in (OPTIMIZERS["clip"], OPTIMIZERS["nothing"]):                       # gradients are for the next in a chain to leave out
+        _, state = tx.update({"w": torch.ones(2)}, tx.init({}), {"w": torch.ones(2)}, ok=torch.tensor(False))
+        assert equal_bits(state, tx.init({}))
+    else:
+        not_ok_changes_no_bit(tx, dtype)
+
+
+def scaled(fn):
+    """An optimizer without a state, whose updates are fn(gradient, ok)."""
+    return Optimizer(lambda params: (), lambda grads, state, params, ops=LOCAL, norm=None, ok=None: (
+        tree.tree_map(lambda g: None if g is None else fn(g, torch.tensor(True) if ok is None else ok), grads), state))
+
+
+def test_forgetting_ok_is_caught():
+    not_ok_changes_no_bit(scaled(lambda g, ok: torch.where(ok, g * -0.1, -0.0)), torch.float32)
+    for wrong in (lambda g, ok: g * -0.1, lambda g, ok: g * -0.1 * ok, lambda g, ok: torch.where(ok, g * -0.1, 0.0)):
+        with pytest.raises(AssertionError):
+            not_ok_changes_no_bit(scaled(wrong), torch.float32)
+
+
+def test_extras():
+    params = {"w": torch.ones(2, requires_grad=True)}
+    def refuse(grads):
+        raise AssertionError("the norm was given")
+    tx = chain(clip_by_global_norm(1.0), sgd(1.0))
+    updates, state = tx.update({"w": torch.ones(2)}, tx.init(params), params, replace(LOCAL, norm=refuse), norm=torch.tensor(10.0))
+    assert updates["w"].tolist() == pytest.approx([-0.1, -0.1]) and state[0]["norm"] == 10
+    twice = chain(clip_by_global_norm(1.0), clip_by_global_norm(1.0))            # the second clips what the first one left
+    updates, state = twice.update({"w": torch.tensor([3.0, 4.0])}, twice.init(params), params, norm=torch.tensor(5.0))
+    assert state[1]["norm"].item() == pytest.approx(1.0)
+    for tx in (adamw(1.0), sgd(1.0), lion(1.0), clip_by_global_norm(1.0)):
+        with pytest.raises(TypeError, match=r"unknown extras \['okay'\]; known are norm and ok"):
+            tx.update({"w": torch.ones(2)}, tx.init(params), params, okay=torch.tensor(True))
 
 
 @pytest.mark.parametrize("donate", [False, True])

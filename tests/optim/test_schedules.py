@@ -45,7 +45,30 @@ def test_warm_up_and_fall_by_formula(steps, warmup, final):
         assert float(schedule(torch.tensor(rise))) == peak
 
 
-@pytest.mark.parametrize("make", [schedules.cosine, schedules.linear, schedules.constant])
+@pytest.mark.parametrize("shape", ["1-sqrt", "linear"])
+@pytest.mark.parametrize("steps, warmup, decay", [(20, 0.1, 0.2), (20, 0.0, 1.0), (10, 0.5, 0.5), (1, 0.0, 0.1), (10, 0.3, 0.0)])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_wsd_by_formula(shape, steps, warmup, decay, final):
+    peak, rise, last = 3.0, round(warmup * steps), round(decay * steps)
+
+    def rate(t):
+        if t < rise:
+            return peak * (t + 1) / (rise + 1)
+        if t < steps - last:
+            return peak
+        r = min(1.0, (t - (steps - last)) / last) if last else 1.0
+        return peak * (1 - (1 - final) * (math.sqrt(r) if shape == "1-sqrt" else r))
+    ours = rates(schedules.wsd(peak, steps, warmup, decay, final, shape), steps + 3)
+    assert ours == pytest.approx([rate(t) for t in range(steps + 3)], rel=1e-12, abs=1e-7 * peak)   # a root near 0 magnifies rounding
+
+
+@pytest.mark.parametrize("wrong", [{"decay": 1.5}, {"decay": -0.1}, {"warmup": 0.6, "decay": 0.5}, {"shape": "cosine"}])
+def test_wsd_names_bad_arguments(wrong):
+    with pytest.raises(ValueError, match="wsd: decay must be a fraction"):
+        schedules.wsd(1.0, 10, **wrong)
+
+
+@pytest.mark.parametrize("make", [schedules.cosine, schedules.linear, schedules.constant, schedules.wsd])
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 5, "warmup": 1.5}, {"steps": 5, "warmup": -0.1}])
 def test_bad_arguments_are_named(make, wrong):
     with pytest.raises(ValueError, match=f"{make.__name__}: steps must be at least 1 and warmup a fraction"):

@@ -58,7 +58,8 @@ def files(tmp_path_factory):
 
 def argv(files, out, family="qwen3", *more):
     return ["--model", str(files / family), "--data", str(files / "train.jsonl"), "--eval-data", str(files / "heldout.jsonl"), "--steps", str(STEPS),
-            "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH), "--lr", "3e-3", "--warmup", "0.1", "--out", str(out), *more]
+            "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH), "--lr", "3e-3", "--warmup", "0.1", "--out", str(out),
+            "--cache", str(files / "cache"), *more]
 
 
 def train(name, args):
@@ -167,10 +168,10 @@ def test_dry_run_prints_the_layout_and_stops(files, tmp_path, capsys):
 
 @pytest.mark.parametrize("more, message", [
     (("--dtype", "fp8"), "--dtype fp8: not supported yet"),
-    (("--resume",), "--resume: not supported yet"),
-    (("--resume", "auto"), "--resume: not supported yet"),
+    (("--keep", "0"), "--keep 0: must be at least 1"),
+    (("--keep-best", "--eval-data"), "--keep-best: needs a held-out loss"),
     (("--batch-tokens", "100"), "--batch-tokens 100: must be a multiple of --seq-len 64"),
-    (("--model", "nowhere"), "--model nowhere: no such file"),
+    (("--model", "nowhere"), "--model nowhere: no such directory, and not a hub id"),
     (("--steps", "0"), "--steps 0: must be at least 1"),
 ])
 def test_flags_that_are_refused_by_name(files, tmp_path, more, message):

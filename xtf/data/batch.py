@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -45,7 +46,7 @@ class Batch:
 def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
     """One pack (P = 1) of `seq_len` positions from samples that fit into it together; no samples at all make a pack of padding.
 
-    `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that torch can read.
+    `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can read.
 
     Raises ValueError if the samples are too long or too many, or if one is empty or has a mask of another length.
 
@@ -55,33 +56,41 @@ def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
     >>> batch.positions.tolist(), batch.segments.tolist()
     ([[0, 1, 2, 0, 1, 0]], [[0, 3, 5, 6, 6]])
     """
-    ids = [torch.as_tensor(s[0], dtype=torch.int64) for s in samples]
-    masks = [torch.as_tensor(s[1], dtype=torch.float32) for s in samples]
-    for i, (x, m) in enumerate(zip(ids, masks, strict=True)):
-        if x.ndim != 1 or x.shape != m.shape or len(x) == 0:
-            raise ValueError(f"sample {i} of this pack has ids of shape {tuple(x.shape)} and a mask of shape {tuple(m.shape)}: "
-                             "both have to be [n] with n of at least 1")
-    lengths = [len(x) for x in ids]
-    padding = seq_len - sum(lengths)
-    if padding < 0:
-        raise ValueError(f"samples of {lengths} tokens do not fit into a pack of seq_len={seq_len}: truncate or pack them with best_fit")
-    lengths += [padding] if padding else []
-    if len(lengths) > max_documents:
-        raise ValueError(f"{len(samples)} samples{' and padding' if padding else ''} exceed max_documents={max_documents}: raise it")
+    return pack_rows([samples], seq_len, max_documents)
 
-    input_ids = torch.zeros(seq_len, dtype=torch.int64)
-    labels, loss_mask, positions = input_ids.clone(), torch.zeros(seq_len), torch.arange(seq_len)
-    segments = torch.full((max_documents + 1,), seq_len, dtype=torch.int32)
-    start = 0
-    for i, n in enumerate(lengths):
-        segments[i] = start
-        positions[start:start + n] -= start
-        if i < len(ids):
-            input_ids[start:start + n] = ids[i]
-            labels[start:start + n - 1] = ids[i][1:]
-            loss_mask[start:start + n - 1] = masks[i][1:]
-        start += n
-    return Batch(*(x[None] for x in (input_ids, labels, loss_mask, positions, segments)))
+
+def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int) -> Batch:
+    """`pack` for several packs at once: P = len(rows).
+
+    >>> pack_rows([[Sample([5, 6], [0, 1])], []], seq_len=3, max_documents=2).input_ids.tolist()
+    [[5, 6, 0], [0, 0, 0]]
+    """
+    shape = len(rows), seq_len
+    input_ids, labels, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    positions, segments = np.tile(np.arange(seq_len), (len(rows), 1)), np.full((len(rows), max_documents + 1), seq_len, np.int32)
+    for row, samples in enumerate(rows):
+        start = 0
+        for i, (ids, mask, *_) in enumerate(samples):
+            ids, mask = np.asarray(ids), np.asarray(mask)
+            if ids.ndim != 1 or ids.shape != mask.shape or len(ids) == 0:
+                raise ValueError(f"sample {i} of this pack has ids of shape {ids.shape} and a mask of shape {mask.shape}: "
+                                 "both have to be [n] with n of at least 1")
+            end = start + len(ids)
+            if end > seq_len:
+                raise ValueError(f"samples of {[len(s[0]) for s in samples]} tokens do not fit into a pack of seq_len={seq_len}: "
+                                 "truncate or pack them with best_fit")
+            if i + (end < seq_len) >= max_documents:
+                raise ValueError(f"{len(samples)} samples{' and padding' if end < seq_len else ''} exceed max_documents={max_documents}: raise it")
+            segments[row, i] = start
+            positions[row, start:end] -= start
+            input_ids[row, start:end] = ids
+            labels[row, start:end - 1] = ids[1:]
+            loss_mask[row, start:end - 1] = mask[1:]
+            start = end
+        if start < seq_len:                                          # padding is a document too
+            segments[row, len(samples)] = start
+            positions[row, start:] -= start
+    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments)))
 
 
 def stack(packs: Sequence[Batch]) -> Batch:
@@ -97,8 +106,9 @@ def stack(packs: Sequence[Batch]) -> Batch:
 def cut(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     """What this rank's loader would give of a whole global batch.
 
-    Packs are divided over the mesh's `replicate`, `dp` and `ep` axes (in that order, row-major); labels and loss_mask, which the
-    loss reads, over `sp` along positions. Other axes divide nothing: their ranks hold the same. `mesh=None` is one process.
+    Packs are dealt to the ranks of `replicate`, `dp` and `ep` (in that order, row-major) as cards are: of R ranks, rank r holds packs r, r + R,
+    r + 2R... (`share` says why). Labels and loss_mask, which the loss reads, are divided over `sp` along positions. Other axes divide
+    nothing: their ranks hold the same. `mesh=None` is one process.
 
     Raises ValueError if the packs or the positions do not divide.
 
@@ -109,7 +119,7 @@ def cut(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     if mesh is None:
         return batch
     rows, columns = share(len(batch.input_ids), batch.input_ids.shape[1], mesh)
-    return cut_positions(tree.tree_map(lambda x: x[rows], batch), columns)
+    return cut_positions(tree.tree_map(lambda x: x[rows].contiguous(), batch), columns)
 
 
 def cut_positions(batch: Batch, columns: slice) -> Batch:
@@ -118,21 +128,23 @@ def cut_positions(batch: Batch, columns: slice) -> Batch:
 
 
 def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice, slice]:
-    """This rank's packs out of `num_packs` and its positions out of `seq_len`.
+    """This rank's packs out of `num_packs` (every R-th, from its own number on) and its positions out of `seq_len` (one stretch).
+
+    The loader sorts a step's packs by cost, so packs dealt in turn cost all ranks the same at each micro-batch, and none waits for another.
 
     Raises ValueError, naming the axes, if either does not divide, or if this rank is not in the mesh.
 
     >>> share(8, 128, None)
-    (slice(0, 8, None), slice(0, 128, None))
+    (slice(0, 8, 1), slice(0, 128, None))
     """
     if mesh is None:
-        return slice(0, num_packs), slice(0, seq_len)
+        return slice(0, num_packs, 1), slice(0, seq_len)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(f"this rank is not in the mesh {mesh}: it has no part of the batch")
     place = dict(zip(mesh.mesh_dim_names or (), zip(mesh.shape, coordinate, strict=True), strict=False))
 
-    def part(total: int, what: str, axes: Sequence[str]) -> slice:
+    def place_in(total: int, what: str, axes: Sequence[str]) -> tuple[int, int]:
         ranks, index = 1, 0
         for axis in axes:
             size, at = place.get(axis, (1, 0))
@@ -140,6 +152,8 @@ def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice,
         if total % ranks:
             sizes = ", ".join(f"{axis}={place[axis][0]}" for axis in axes if axis in place)
             raise ValueError(f"{total} {what} do not divide over the {ranks} ranks of {sizes}: make {what} a multiple of {ranks}")
-        return slice(index * (total // ranks), (index + 1) * (total // ranks))
+        return index, ranks
 
-    return part(num_packs, "packs", PACK_AXES), part(seq_len, "positions", (POSITION_AXIS,))
+    (row, rows), (column, columns) = place_in(num_packs, "packs", PACK_AXES), place_in(seq_len, "positions", (POSITION_AXIS,))
+    width = seq_len // columns
+    return slice(row, num_packs, rows), slice(column * width, (column + 1) * width)

@@ -1,30 +1,37 @@
-"""JSONL in, tokens with a loss mask out: the loss falls on what inference would have generated.
+"""Records in, tokens with a loss mask out: the loss falls on what inference would have generated.
 
-A line is one of {"messages": [...]} (OpenAI; "tools" is passed to the template), {"text": "..."} (loss on everything, end token appended), or
-{"input_ids": [...], "labels": [...]} (as in transformers: unshifted, -100 where masked; without labels, loss on everything).
-
-n: tokens of one sample. A span is a pair of character offsets.
+Formats are in formats.py, templates in template.py. n: tokens of one sample. Positions in rendered text are character offsets.
 """
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from xtf.data.batch import Sample
+from xtf.data.formats import Bad, Chat, Text, Tokens, parse, read
+from xtf.data.read import records, split_file
+from xtf.data.template import Template, Turn
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-FORMATS = ("messages", "text", "input_ids")
-Span = tuple[int, int]
-Encoded = tuple[np.ndarray, np.ndarray]  # ids int64 [n], mask bool [n]
+RULES = "1"                    # to be raised whenever the same record comes to give other tokens, so that caches are made anew
+NOTES = {                      # what is counted in Stats.notes, and how it is said
+    "literals": "control tokens written out in messages, read as text",
+    "reasoning": "turns whose reasoning the template leaves out",
+    "messages": "messages that the template leaves out or rewrites",
+    "tools": "conversations whose tools the template leaves out",
+    "unmarked": "assistant turns in which the template marks nothing as generated",
+}
 
 
 class BadLine(ValueError):
-    """A line of a data file that cannot be trained on: `file`, `line` (from 1) and `reason`."""
+    """A line of a data file that cannot be trained on: `file`, `line` (from 1; of Parquet the row) and `reason`."""
 
     def __init__(self, file: str, line: int, reason: str):
         super().__init__(f'{file}:{line}: {reason} (mend the line, or read with on_bad="skip")')
@@ -35,8 +42,8 @@ class BadLine(ValueError):
 class Stats:
     """What became of the lines: nothing is left out without being counted here.
 
-    >>> print(Stats(lines=2, samples=2, tokens=90, loss_tokens=40, truncated=1, tokens_dropped=8))
-    2 samples of 2 lines, 90 tokens, 40 with loss; 1 truncated (8 tokens dropped)
+    >>> print(Stats(lines=2, samples=2, tokens=90, loss_tokens=40, truncated=1, tokens_dropped=8, notes=Counter(literals=3)))
+    2 samples of 2 lines, 90 tokens, 40 with loss; 1 truncated (8 tokens dropped); 3 control tokens written out in messages, read as text
     """
     lines: int = 0
     bad: int = 0              # lines skipped; the first few reasons are in bad_lines
@@ -46,44 +53,303 @@ class Stats:
     truncated: int = 0        # samples cut to seq_len ...
     tokens_dropped: int = 0   # ... and the tokens cut off
     without_loss: int = 0     # samples dropped because no token in them carries loss
-    straddling: int = 0       # turns whose first characters belong to a token that begins in the prompt, which is not trained
+    notes: Counter[str] = field(default_factory=Counter)    # Encoder.counts: keys of NOTES
     bad_lines: list[BadLine] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.samples:,} samples of {self.lines:,} lines, {self.tokens:,} tokens, {self.loss_tokens:,} with loss"
         text += f"; {self.truncated:,} truncated ({self.tokens_dropped:,} tokens dropped)" if self.truncated else ""
         text += f"; {self.without_loss:,} dropped without a token that carries loss" if self.without_loss else ""
-        text += f"; {self.straddling:,} turns begin inside a token of their prompt" if self.straddling else ""
+        text += "".join(f"; {self.notes[key]:,} {said}" for key, said in NOTES.items() if self.notes[key])
         text += f"; {self.bad:,} bad lines skipped: " + "; ".join(map(str, self.bad_lines)) if self.bad else ""
         return text
 
 
-class _Bad(Exception):
-    """Why a record cannot be used; becomes a BadLine where file and line are known."""
+class Encoded(NamedTuple):
+    """One sample, whole: `ids` int32 [n], `mask` bool [n] (False first), `splittable`: a text, split where it is long; others are truncated."""
+    ids: np.ndarray
+    mask: np.ndarray
+    splittable: bool
+
+
+class _Pieces(NamedTuple):
+    """Tokens of a rendered text: ids, where each starts and ends in it (int64 [n]), and whether it is a control token (bool [n])."""
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    special: np.ndarray
 
 
 @dataclass(frozen=True)
-class _Reading:
-    tokenizer: Any
-    everything: bool
-    special: list[int]  # ids of special tokens: the last one of a turn ends it
-    stats: Stats
+class Encoder:
+    """Records to samples; picklable, so that other processes can do the work.
 
-
-def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: Any, seq_len: int, *, train_on_everything: bool = False,
-                 on_bad: str = "raise", vocab_size: int | None = None) -> tuple[list[Sample], Stats]:
-    """The samples of one or several JSONL files, and what was dropped on the way.
-
-    Samples hold ids int64 [n] and mask bool [n], 2 <= n <= seq_len. Longer ones keep their first seq_len tokens. In a conversation
-    the assistant's turns carry loss, up to and including the token that ends the turn: by the template's `{% generation %}` marks if it has them,
-    else by rendering what precedes each turn. Where the template renders a turn differently once others follow (Qwen3
-    drops earlier reasoning), each assistant turn becomes a sample of its own, rendered as it was when it was generated.
+    In a conversation the assistant's turns carry loss, up to and including the token that ends the turn: by the template's
+    `{% generation %}` marks if it has them, else by rendering what precedes each turn. A sample holds as many turns as stand in it exactly as when
+    they were generated. Where a template renders a turn differently once others follow (Qwen3 drops earlier reasoning), or tokens
+    run together across the border of prompt and answer, turns become samples of their own. Control tokens that
+    somebody wrote out in a message are read as text.
 
     Args:
         tokenizer: a fast transformers tokenizer, with a chat template if there are conversations; None will do for input_ids.
         train_on_everything: every token carries loss, whatever the format.
+        vocab_size: the model's, if known: ids beyond it make a record bad.
+
+    `counts` says what a user should hear about, by keys of NOTES; workers' are to be added up.
+
+    >>> Encoder(None)({"input_ids": [5, 6, 7], "labels": [-100, 6, 7]})[0].mask.tolist()
+    [False, True, True]
+    """
+    tokenizer: Any
+    train_on_everything: bool = False
+    vocab_size: int | None = None
+    counts: Counter[str] = field(default_factory=Counter, compare=False)
+
+    def __call__(self, record: bytes | dict[str, Any]) -> list[Encoded]:
+        """The samples of a raw line or a row. Raises Bad, saying why; ValueError if a conversation meets a tokenizer without template or offsets."""
+        what = read(parse(record) if isinstance(record, bytes) else record)
+        if isinstance(what, Text):
+            return [self._document(self.tokenizer(what.text, verbose=False)["input_ids"])]
+        if isinstance(what, Tokens):
+            mask = np.ones(len(what.ids), bool) if what.labels is None or self.train_on_everything else what.labels != -100
+            return [self._checked(what.ids, mask, what.labels is None)]
+        return [self._checked(ids, mask, False) for ids, mask in self._conversation(what)]
+
+    def many(self, batch: Sequence[bytes | dict[str, Any]]) -> list[list[Encoded] | Bad]:
+        """Each record's samples, or why there are none; texts are tokenised together, which is faster."""
+        out: list[Any] = [None] * len(batch)
+        texts: dict[int, str] = {}
+        for i, record in enumerate(batch):
+            try:
+                record = parse(record) if isinstance(record, bytes) else record
+                if "text" in record and isinstance(what := read(record), Text):
+                    texts[i] = what.text
+                else:
+                    out[i] = self(record)
+            except Bad as e:
+                out[i] = e
+        ids = self.tokenizer(list(texts.values()), verbose=False)["input_ids"] if texts else []
+        for i, found in zip(texts, ids, strict=True):
+            try:
+                out[i] = [self._document(found)]
+            except Bad as e:
+                out[i] = e
+        return out
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What the samples depend on besides the data, under the names that a user would call it."""
+        sha = lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        tokenizer = self.tokenizer
+        if getattr(tokenizer, "is_fast", False):
+            core = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}    # those two change as it is used
+            words = json.dumps([core, self._names, tokenizer.eos_token_id], sort_keys=True, default=str)
+        else:
+            words = f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items()) if tokenizer else ''}"
+        return {"tokenizer": sha(words), "template": sha(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
+                "options": f"rules={RULES} train_on_everything={self.train_on_everything} vocab_size={self.vocab_size}"}
+
+    # ---- all formats --------------------------------------------------------------------------------------------------------------------
+
+    def _checked(self, ids: np.ndarray, mask: np.ndarray, splittable: bool) -> Encoded:
+        if not len(ids):
+            raise Bad("no tokens at all")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
+            raise Bad(f"token id {low if low < 0 else high} is outside the vocabulary" + (f" of {self.vocab_size}" if self.vocab_size else ""))
+        mask[0] = False                                      # nothing predicts the first token
+        return Encoded(ids.astype(np.int32, copy=False), mask, splittable)
+
+    def _document(self, ids: list[int]) -> Encoded:
+        eos = self.tokenizer.eos_token_id
+        found = np.array(ids if eos is None or ids[-1:] == [eos] else [*ids, eos], np.int32)
+        return self._checked(found, np.ones(len(found), bool), True)
+
+    # ---- conversations ------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return dict(getattr(self.tokenizer, "special_tokens_map", {}))
+
+    @cached_property
+    def _templates(self) -> dict[str, Template]:
+        return {}
+
+    @cached_property
+    def _prompts(self) -> dict[str, list[int]]:
+        return {}                                            # ids of the ends of prompts, which repeat
+
+    @cached_property
+    def _special(self) -> np.ndarray:
+        return np.array([i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special], np.int64)
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Control tokens, longest first; tags of reasoning are not: templates look for them in what the assistant says."""
+        names = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special} - {"<think>", "</think>"}
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+    def _template(self, chat: Chat) -> Template:
+        if not getattr(self.tokenizer, "chat_template", None) or not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast tokenizer) to read conversations: "
+                             "take the model's Instruct tokenizer, set tokenizer.chat_template, or give text")
+        source = self.tokenizer.get_chat_template(tools=chat.tools)
+        if source not in self._templates:
+            self._templates[source] = Template(source, self._names)
+        return self._templates[source]
+
+    def _conversation(self, chat: Chat) -> list[tuple[np.ndarray, np.ndarray]]:
+        template = self._template(chat)
+        chat = template.prepare(chat)
+        unmarked = chat.messages
+        chat, literals, between = self._literals(chat)
+        if literals:
+            template.render(unmarked, chat)                  # some refuse control tokens; the marks would hide them
+        turns = [] if self.train_on_everything else [template.turn(chat, i) for i, on in enumerate(chat.loss) if on]
+        whole = turns[-1].text if turns else template.render(chat.messages, chat)[0]
+        out: list[tuple[np.ndarray, np.ndarray]] = []
+        if not turns:
+            ids = self._encode(whole, between).ids
+            out.append((ids, np.full(len(ids), self.train_on_everything)))
+        left = turns
+        while left:                                          # each round: all turns that stand in the last one's text as they were generated
+            here = [t for t in left if left[-1].text.startswith(t.text)]
+            left = [t for t in left if t not in here]
+            out = self._samples(here, between) + out
+        self.counts["literals"] += literals
+        self.counts["reasoning"] += sum(t.unseen for t in turns)
+        self.counts["unmarked"] += sum(not t.spans for t in turns)
+        shown = "".join(t.text for t in turns[:-1]) + whole if len(turns) > 1 else whole
+        self.counts["messages"] += sum(m["role"] in ("system", "developer", "user") and m["content"].strip() not in shown
+                                       for m in (chat.messages[:1 + max(i for i, on in enumerate(chat.loss) if on)] if turns else chat.messages))
+        self.counts["tools"] += bool(chat.tools) and not all(_tool_name(t) in whole for t in chat.tools)
+        return out
+
+    def _literals(self, chat: Chat) -> tuple[Chat, int, re.Pattern[str] | None]:
+        """The conversation with control tokens in its strings set between marks, their number, and the pattern that finds them again."""
+        found, start, end = 0, "", ""
+
+        def mark(value: Any) -> Any:
+            nonlocal found
+            if isinstance(value, str):
+                value, n = self._control.subn(f"{start}\\g<0>{end}", value)
+                found += n
+                return value
+            if isinstance(value, dict):
+                return {k: v if k == "role" else mark(v) for k, v in value.items()}
+            return [mark(v) for v in value] if isinstance(value, list) else value
+
+        mark([chat.messages, chat.tools, chat.options])
+        if not found:
+            return chat, 0, None
+        used = json.dumps([chat.messages, chat.tools, chat.options], ensure_ascii=False)
+        free, number = (c for c in map(chr, range(0xE000, 0xF900)) if c not in used), found
+        start, end = next(free), next(free)
+        marked = Chat([mark(m) for m in chat.messages], chat.loss, mark(chat.tools), mark(chat.options))
+        return marked, number, re.compile(f"{start}([^{start}{end}]*){end}")
+
+    def _samples(self, turns: list[Turn], between: re.Pattern[str] | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """One sample of turns in one text, and one of each turn that would be tokenised differently there than when it was generated."""
+        text = turns[-1].text
+        whole = self._encode(text, between)
+        mask, out = np.zeros(len(whole.ids), bool), []
+        for turn in turns:
+            if self._exact(whole, turn, between):
+                self._mark(mask, whole, turn)
+            else:
+                halves = self._encode(turn.text[:turn.start], between), self._encode(turn.text[turn.start:], between, turn.start)
+                alone = _joined(list(halves))
+                out.append((alone.ids, np.zeros(len(alone.ids), bool)))
+                self._mark(out[-1][1], alone, turn)
+        out += [(whole.ids, mask)] if mask.any() or not out else []
+        ends = [1 + max(np.flatnonzero(mask), default=len(ids) - 1) for ids, mask in out]
+        return [(ids[:end], mask[:end]) for (ids, mask), end in zip(out, ends, strict=True)]    # nothing after the last that is trained
+
+    def _exact(self, whole: _Pieces, turn: Turn, between: re.Pattern[str] | None) -> bool:
+        """Whether the prompt is tokenised here as it is by itself, and the turn ends where a token ends."""
+        first, last = np.searchsorted(whole.starts, (turn.start, len(turn.text)))
+        if (first and whole.ends[first - 1] > turn.start) or (last and whole.ends[last - 1] > len(turn.text)):
+            return False
+        cuts = np.flatnonzero(whole.special[:first])         # nothing before a control token has a say in the tokens after it
+        at = cuts[-1] if len(cuts) else 0
+        end = turn.text[whole.starts[at] if at else 0:turn.start]
+        if end not in self._prompts:
+            ids = self._encode(end, between).ids.tolist()
+            if between or len(end) > 100:
+                return ids == whole.ids[at:first].tolist()
+            self._prompts[end] = ids
+        return self._prompts[end] == whole.ids[at:first].tolist()
+
+    @staticmethod
+    def _mark(mask: np.ndarray, tokens: _Pieces, turn: Turn) -> None:
+        """Put loss on tokens that begin inside the turn's spans, up to the token that ends the turn."""
+        for start, end in turn.spans:
+            first, last = np.searchsorted(tokens.starts, (start, end))
+            ends = np.flatnonzero(tokens.special[first:last])
+            if len(ends) and not turn.text[tokens.ends[first + ends[-1]]:end].strip():
+                last = first + ends[-1] + 1                  # what remains is the template's own white space after the end of the turn
+            mask[first:last] = True
+
+    def _encode(self, text: str, between: re.Pattern[str] | None, at: int = 0) -> _Pieces:
+        """Tokens of rendered text that stands at offset `at` of its sample: what is between marks as plain text, the rest with control tokens."""
+        pieces = between.split(text) if between else [text]
+        marks = (between.pattern[0], between.pattern[-1]) if between else ()
+        if any(mark in piece for piece in pieces for mark in marks) or any(f"\\u{ord(mark):04x}" in text for mark in marks):
+            raise Bad("the chat template takes control tokens in messages apart, so they cannot be told from its own")
+        out, position = [], at
+        for k, piece in enumerate(pieces):
+            position += k % 2                                # the mark before, and one after
+            if piece:
+                out.append(self._piece(piece, position, literal=k % 2 == 1))
+            position += len(piece) + k % 2
+        return _joined(out)
+
+    def _piece(self, text: str, position: int, literal: bool) -> _Pieces:
+        """Tokens of one piece. After the first, a line feed stands before it as it is tokenised: SentencePiece adds a space to what begins a text."""
+        options: dict[str, Any] = {"split_special_tokens": True} if literal else {}
+        options |= {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
+        tokenize = lambda text: self.tokenizer(text, **options)
+        before = len(self._newline) if position else 0
+        out = tokenize("\n" + text if before else text)
+        if before and out["input_ids"][:before] != self._newline:
+            before, out = 0, tokenize(text)
+        shift = position - bool(before)
+        ids = np.array(out["input_ids"], np.int32)[before:]
+        starts, ends = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)[before:].T + shift
+        starts[1:] = np.minimum(starts[1:], ends[:-1])       # some tokenizers leave a token's leading spaces out of its offsets
+        special = np.zeros(len(ids), bool) if literal else np.isin(ids, self._special)
+        if literal and np.isin(ids, self._special).any():
+            raise Bad(f"the control token {text!r} is written out in a message, and the tokenizer knows no way to read it as text")
+        return _Pieces(ids, starts, ends, special)
+
+
+def _tool_name(tool: dict[str, Any]) -> str:
+    """The name of a tool, or "" where it stands in no known place."""
+    inner = tool.get("function")
+    name = (inner if isinstance(inner, dict) else tool).get("name")
+    return name if isinstance(name, str) else ""
+
+
+def _joined(pieces: list[_Pieces]) -> _Pieces:
+    if len(pieces) == 1:
+        return pieces[0]
+    empty = np.zeros(0, np.int64)
+    return _Pieces(*(np.concatenate(parts) for parts in zip(*pieces, strict=True))) if pieces else _Pieces(empty, empty, empty, empty.astype(bool))
+
+
+def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: Any, seq_len: int, *, train_on_everything: bool = False,
+                 on_bad: str = "raise", vocab_size: int | None = None) -> tuple[list[Sample], Stats]:
+    """The samples of one or several JSONL or Parquet files, all in memory, and what was dropped on the way; see Encoder.
+
+    Samples hold ids int64 [n] and mask bool [n], 2 <= n <= seq_len. Longer ones keep their first seq_len tokens.
+
+    Args:
+        tokenizer, train_on_everything, vocab_size: as for Encoder.
         on_bad: "raise" stops at the first bad line; "skip" counts and reports it in the stats.
-        vocab_size: the model's, if known: ids beyond it make a line bad.
 
     Raises BadLine, naming file, line and reason; ValueError if a conversation meets a tokenizer without template or offsets.
 
@@ -99,172 +365,31 @@ def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: An
         raise ValueError(f'on_bad={on_bad!r} is neither "raise" nor "skip"')
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len}: predicting a token takes at least 2")
-    stats, samples = Stats(), []
-    special = [i for i, t in getattr(tokenizer, "added_tokens_decoder", {}).items() if t.special]
-    at = _Reading(tokenizer, train_on_everything, special, stats)
+    encoder, stats, samples = Encoder(tokenizer, train_on_everything, vocab_size), Stats(), []
     for file in [files] if isinstance(files, str | PathLike) else files:
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                stats.lines += 1
-                try:
-                    encoded = list(_encode(_parse(line), at))
-                    for ids, _ in encoded:
-                        _check_ids(ids, vocab_size)
-                except _Bad as e:
-                    bad = BadLine(fspath(file), number, str(e))
-                    if on_bad == "raise":
-                        raise bad from e
-                    stats.bad += 1
-                    stats.bad_lines += [bad] if len(stats.bad_lines) < 5 else []
-                    continue
-                samples += [s for ids, mask in encoded if (s := _sample(ids, mask, stats.lines - 1, seq_len, stats))]
+        rows = (row for chunk in split_file(fspath(file)) for _, row in records(chunk))
+        for number, row in enumerate(rows, 1):
+            stats.lines += 1
+            try:
+                encoded = encoder(row)
+            except Bad as e:
+                bad = BadLine(fspath(file), number, str(e))
+                if on_bad == "raise":
+                    raise bad from e
+                stats.bad += 1
+                stats.bad_lines += [bad] if len(stats.bad_lines) < 5 else []
+                continue
+            samples += [s for x in encoded if (s := _sample(x, stats.lines - 1, seq_len, stats))]
+    stats.notes = +encoder.counts
     return samples, stats
 
 
-def _sample(ids: np.ndarray, mask: np.ndarray, source: int, seq_len: int, stats: Stats) -> Sample | None:
-    stats.truncated += len(ids) > seq_len
-    stats.tokens_dropped += max(0, len(ids) - seq_len)
-    ids, mask = ids[:seq_len].copy(), mask[:seq_len].copy()
-    mask[:1] = False  # nothing predicts the first token
+def _sample(encoded: Encoded, source: int, seq_len: int, stats: Stats) -> Sample | None:
+    stats.truncated += len(encoded.ids) > seq_len
+    stats.tokens_dropped += max(0, len(encoded.ids) - seq_len)
+    ids, mask = encoded.ids[:seq_len].astype(np.int64), encoded.mask[:seq_len].copy()
     if not mask.any():
         stats.without_loss += 1
         return None
     stats.samples, stats.tokens, stats.loss_tokens = stats.samples + 1, stats.tokens + len(ids), stats.loss_tokens + int(mask.sum())
     return Sample(torch.from_numpy(ids), torch.from_numpy(mask), source)
-
-
-def _check_ids(ids: np.ndarray, vocab_size: int | None) -> None:
-    if not len(ids):
-        raise _Bad("no tokens at all")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise _Bad(f"token id {low if low < 0 else high} is outside the vocabulary" + (f" of {vocab_size}" if vocab_size else ""))
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    """The record of one line, with its outermost shape checked."""
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise _Bad(f"not UTF-8: {e.reason} at byte {e.start}") from e
-    if not text.strip():
-        raise _Bad("empty line")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise _Bad(f"broken JSON: {e}") from e
-    if not isinstance(record, dict):
-        raise _Bad(f"a JSON {type(record).__name__} where an object was expected")
-    found = [f for f in FORMATS if f in record]
-    if len(found) != 1:
-        raise _Bad(f"exactly one of the keys {', '.join(FORMATS)} was expected, found {', '.join(found) or 'only ' + str(sorted(record)[:8])}")
-    if "\\ud" in text.lower():  # JSON can spell half a UTF-16 pair, which no tokenizer can read
-        try:
-            json.dumps({k: record.get(k) for k in (*FORMATS, "tools")}, ensure_ascii=False).encode()
-        except UnicodeEncodeError as e:
-            raise _Bad(f"a lone surrogate {e.object[e.start]!a} in the text") from e
-    return record
-
-
-def _encode(record: dict[str, Any], at: _Reading) -> Iterator[Encoded]:
-    """The record's samples before truncation."""
-    if "messages" in record:
-        messages, tools = _check_messages(record["messages"]), record.get("tools")
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-            raise _Bad("tools is not a list of objects")
-        if not getattr(at.tokenizer, "chat_template", None) or not at.tokenizer.is_fast:
-            raise ValueError(f"{type(at.tokenizer).__name__} needs a chat template and character offsets (a fast tokenizer) to read conversations: "
-                             "take the model's Instruct tokenizer, set tokenizer.chat_template, or give text")
-        yield from _conversation(messages, tools, at)
-    elif "text" in record:
-        if not isinstance(record["text"], str) or not record["text"]:
-            raise _Bad("text is empty" if record["text"] == "" else f"text is a {type(record['text']).__name__}, not a string")
-        ids, eos = at.tokenizer(record["text"], verbose=False)["input_ids"], at.tokenizer.eos_token_id
-        ids = ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-        yield np.array(ids, np.int64), np.ones(len(ids), bool)
-    else:
-        ids, labels = _int_list(record, "input_ids"), _int_list(record, "labels") if "labels" in record else None
-        labels = ids if labels is None else labels
-        if len(labels) != len(ids):
-            raise _Bad(f"{len(ids)} input_ids but {len(labels)} labels")
-        wrong = np.flatnonzero((labels != ids) & (labels != -100))
-        if len(wrong):
-            i = wrong[0]
-            raise _Bad(f"labels[{i}] is {labels[i]}, neither -100 nor input_ids[{i}]={ids[i]}: labels are not to be shifted")
-        yield ids, np.ones(len(ids), bool) if at.everything else labels != -100
-
-
-def _int_list(record: dict[str, Any], key: str) -> np.ndarray:
-    values = record[key]
-    if not isinstance(values, list) or not values or not all(type(v) is int and abs(v) < 2**31 for v in values):
-        raise _Bad(f"{key} is not a list of integers, or empty")
-    return np.array(values, np.int64)
-
-
-def _check_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise _Bad("messages is empty" if messages == [] else f"messages is a {type(messages).__name__}, not a list")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict):
-            raise _Bad(f"messages[{i}] is a {type(m).__name__}, not an object")
-        if m.get("role") not in ROLES:
-            raise _Bad(f"messages[{i}] has the unknown role {m.get('role')!r}: known are {', '.join(ROLES)}")
-        if not isinstance(m.get("content"), str) and not (m.get("content") is None and m["role"] == "assistant" and m.get("tool_calls")):
-            raise _Bad(f"messages[{i}].content is {'missing' if 'content' not in m else 'a ' + type(m['content']).__name__}, not a string")
-        if unread := {"loss", "weight"} & set(m):
-            raise _Bad(f"messages[{i}] has {unread.pop()!r}, which is not read yet: remove it, or mask by hand with input_ids and labels")
-    return messages
-
-
-def _conversation(messages: list[dict[str, Any]], tools: Any, at: _Reading) -> Iterator[Encoded]:
-    if at.everything:
-        yield _masked(_apply(at, messages, tools), None, at)
-        return
-    if re.search(r"\{%-?\s*generation\s*-?%\}", at.tokenizer.get_chat_template(tools=tools)):
-        out = _apply(at, messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        yield np.array(out["input_ids"], np.int64), np.array(out["assistant_masks"], bool)
-        return
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns:
-        yield _masked(_apply(at, messages, tools), [], at)
-        return
-    # What follows the last turn is context of nothing that carries loss, so it is not rendered.
-    prompts = [_apply(at, messages[:i], tools, add_generation_prompt=True) for i in turns]
-    texts = [_apply(at, messages[:i + 1], tools) for i in turns]
-    for i, prompt, text in zip(turns, prompts, texts, strict=True):
-        if not text.startswith(prompt):
-            raise _Bad(f"the chat template's generation prompt after messages[:{i}] is not how it begins messages[{i}], so what was generated "
-                       "is unknown: give the template {% generation %} marks, or train on everything")
-    spans = [(len(prompt), len(text)) for prompt, text in zip(prompts, texts, strict=True)]
-    if all(texts[-1].startswith(text) for text in texts):
-        yield _masked(texts[-1], spans, at)
-    else:
-        for text, span in zip(texts, spans, strict=True):
-            yield _masked(text, [span], at)
-
-
-def _apply(at: _Reading, messages: list[dict[str, Any]], tools: Any, **options: Any) -> Any:
-    """The chat template's rendering. Templates raise what they like on input they refuse, so all of it is the line's fault."""
-    try:
-        return at.tokenizer.apply_chat_template(messages, tools=tools, **{"tokenize": False, **options})
-    except Exception as e:
-        raise _Bad(f"the chat template refuses the first {len(messages)} messages: {type(e).__name__}: {e}") from e
-
-
-def _masked(text: str, spans: list[Span] | None, at: _Reading) -> Encoded:
-    """One tokenisation of the whole text; the loss is on tokens that begin inside a span, up to the token that ends the turn (None: on all)."""
-    out = at.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, mask = np.array(out["input_ids"], np.int64), np.full(len(out["input_ids"]), spans is None)
-    if not spans or not len(ids):
-        return ids, mask
-    starts, ends = np.array(out["offset_mapping"], np.int64).T
-    starts[1:] = np.minimum(starts[1:], ends[:-1])  # some tokenizers leave a token's leading spaces out of its offsets
-    special = np.isin(ids, at.special)
-    for start, end in spans:
-        first, last = np.searchsorted(starts, (start, end))
-        at.stats.straddling += int(first > 0 and ends[first - 1] > start)
-        marks = np.flatnonzero(special[first:last])
-        if len(marks) and not text[ends[first + marks[-1]]:end].strip():
-            last = first + marks[-1] + 1  # what remains is the template's own white space after the end of the turn
-        mask[first:last] = True
-    return ids, mask

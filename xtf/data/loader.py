@@ -1,15 +1,28 @@
-"""The order of training data: a pure function of (samples, seed, epoch), in which no mesh appears.
+"""From samples to the batch of each step, in an order that is a pure function of (samples, seed, epoch) and in which no mesh appears.
 
-Each epoch permutes the samples, packs windows of that order, and shuffles each window's packs (best-fit puts the longest samples first).
-Steps take packs off the endless row of epochs; a rank materialises its own share of them only.
+Windows of samples are drawn (`mix`), packed, and their packs shuffled (best-fit puts the longest samples first). Steps take packs off the
+endless row of windows; within a step, packs stand by cost; a rank materialises its own share of them only.
 """
+import itertools
+import threading
+import zlib
+from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf.data.batch import Batch, Sample, cut_positions, pack, share, stack
-from xtf.data.packing import best_fit, efficiency
+from xtf.data.batch import Batch, Sample, cut_positions, pack_rows, share
+from xtf.data.dataset import Dataset
+from xtf.data.mix import Progress, Source, Window, draw, longest
+from xtf.data.packing import best_fit
+from xtf.data.prefetch import accelerator_index, pinned, prefetch
+
+WINDOW_PACKS = 1024                    # samples looked at ahead fill about so many packs ...
+WINDOW = (4096, 1 << 16)               # ... but are at least and at most so many, however long they are
 
 
 def default_max_documents(seq_len: int) -> int:
@@ -17,115 +30,249 @@ def default_max_documents(seq_len: int) -> int:
     return max(16, seq_len // 16)
 
 
-def epoch_packs(lengths: Sequence[int], seq_len: int, max_documents: int, seed: int, epoch: int, window: int = 4096) -> Iterator[list[int]]:
-    """The packs of one epoch as lists of sample indices: each sample exactly once, in an order drawn from (seed, epoch).
+class Listed:
+    """A list of samples with the face of a `Dataset`: `spans` says where samples start (their number in the list) and how long they are."""
 
-    No more than `window` samples are looked at ahead.
+    def __init__(self, samples: Sequence[Sample], seq_len: int):
+        self.samples, self.lengths = samples, np.array([len(s[0]) for s in samples], np.int64)
+        self.tokens = int(self.lengths.sum())
+        wrong = np.flatnonzero((self.lengths < 1) | (self.lengths > seq_len))
+        if len(wrong):
+            raise ValueError(f"sample {wrong[0]} has {self.lengths[wrong[0]]} tokens, outside 1..seq_len={seq_len}: truncate or split it first")
 
-    >>> sorted(i for p in epoch_packs([3, 6, 2, 5], 8, 4, seed=0, epoch=1) for i in p)
-    [0, 1, 2, 3]
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    for start in range(0, len(order), window):
-        ahead = order[start:start + window]
-        packs = best_fit([int(lengths[i]) for i in ahead], seq_len, max_documents)
-        for p in rng.permutation(len(packs)):
-            yield [int(ahead[i]) for i in packs[p]]
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return indices, self.lengths[indices]
+
+    def read(self, start: int, length: int) -> Sample:
+        return self.samples[start]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        check = 0
+        for ids, mask, *_ in self.samples:
+            check = zlib.crc32(np.asarray(mask, np.float32).tobytes(), zlib.crc32(np.asarray(ids, np.int64).tobytes(), check))
+        return {"data": f"{len(self.samples)} samples {check:08x}"}
+
+
+def sources_of(samples: Any, seq_len: int) -> tuple[Source, ...]:
+    """A list of samples, a Dataset, or a list of `Source`, as sources of samples of at most `seq_len` tokens."""
+    if not isinstance(samples, Dataset) and len(samples) and isinstance(samples[0], Source):
+        return tuple(s._replace(data=sources_of(s.data, seq_len)[0].data) for s in samples)
+    return (Source("", samples.at(seq_len) if isinstance(samples, Dataset) else Listed(samples, seq_len)),)
+
+
+class _Packed(NamedTuple):
+    """A window and its packs, which are lists of places in it."""
+    window: Window
+    packs: list[list[int]]
 
 
 class Loader:
     """Endless batches of `packs_per_step` packs (over all ranks), reshuffled each epoch; the same global batches on any mesh.
 
-    `step(i, mesh)` is a function of i: it may be asked for in any order, cheapest in ascending. `max_documents` is the static S of `Batch`.
+    `samples` is a list of `Sample`, a `Dataset`, or a list of `Source`, each with its share of the tokens; an epoch of several sources is one
+    pass over the one that lasts longest. `step(i, mesh)` is a function of i: it may be asked for in any order (from several threads), cheapest
+    in ascending. A step's packs are sorted by their cost in attention (the sum of squared lengths) and dealt to the ranks in turn.
+    With `group_by_length` packs of like cost come in one step (the steps of a window in random order). `max_documents` is the static S of
+    `Batch`; `window` is how many samples are looked at ahead, by default what fills about a thousand packs.
 
     Raises ValueError if there is no sample, a sample is longer than seq_len, or `packs_per_step` is below 1.
 
     >>> loader = Loader([Sample([1, 2, 3], [1, 1, 1])], seq_len=8, packs_per_step=2)
     >>> loader.step(0).input_ids.tolist()
     [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]]
-    >>> loader.cursor(1)
-    {'step': 1, 'epoch': 2, 'position': 0}
+    >>> {k: v for k, v in loader.cursor(1).items() if k != "fingerprint"}
+    {'step': 1, 'epoch': 2, 'position': 0, 'sources': [[2, 0, 6]]}
     """
 
-    def __init__(self, samples: Sequence[Sample], seq_len: int, packs_per_step: int, seed: int = 0, *,
-                 max_documents: int | None = None, window: int = 4096):
-        if not samples:
-            raise ValueError("no samples to train on: every line was empty, skipped or without a token that carries loss")
+    def __init__(self, samples: Any, seq_len: int, packs_per_step: int, seed: int = 0, *, max_documents: int | None = None,
+                 window: int | None = None, group_by_length: bool = False):
         if packs_per_step < 1:
             raise ValueError(f"packs_per_step={packs_per_step}: a step takes at least one pack (batch tokens below seq_len={seq_len}?)")
-        self.samples, self.seq_len, self.packs_per_step, self.seed, self.window = samples, seq_len, packs_per_step, seed, window
+        self.data = sources_of(samples, seq_len)
+        for source in self.data:
+            if not len(source.data):
+                raise ValueError(f"no samples to train on{' in ' + source.name if source.name else ''}: every line was empty, skipped or "
+                                 f"without a token that carries loss (within seq_len={seq_len}, where conversations are cut off)")
+            if not source.weight > 0:
+                raise ValueError(f"the weight {source.weight} of {source.name} is not above 0: leave the source out")
+        self.seq_len, self.packs_per_step, self.seed, self.group_by_length = seq_len, packs_per_step, seed, group_by_length
         self.max_documents = max_documents or default_max_documents(seq_len)
-        self.lengths = [len(s.ids) for s in samples]
-        self._epochs: dict[int, list[list[int]]] = {}  # the packs of the last two epochs asked for
-        self._starts = {0: 0}                          # epoch -> where its first pack is in the row of all epochs' packs, as far as known
-        self._packs(0)
+        mean = max(1, sum(s.data.tokens for s in self.data) // sum(len(s.data) for s in self.data))
+        self.window = window or int(np.clip(WINDOW_PACKS * seq_len // mean, *WINDOW))
+        self._firsts = [0]                                           # the first pack of each window, in the row of all, as far as known
+        self._states = {0: tuple(Progress() for _ in self.data)}     # and how far the sources had come before it
+        self._recent: dict[int, _Packed] = {}                        # the windows last asked for, by first pack
+        self._lock = threading.Lock()
+        self._window_at(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def step(self, i: int, mesh: DeviceMesh | None = None) -> Batch:
         """This rank's part of step i's global batch: equal to `cut(step(i), mesh)`. Raises ValueError where `cut` does."""
         rows, columns = share(self.packs_per_step, self.seq_len, mesh)
-        packs = [self._pack(i * self.packs_per_step + p) for p in range(rows.start, rows.stop)]
-        return cut_positions(stack(packs), columns)
+        packs = [[self.data[w.source[k]].data.read(int(w.start[k]), int(w.length[k])) for k in places] for w, places in self._packs(i)[rows]]
+        return cut_positions(pack_rows(packs, self.seq_len, self.max_documents), columns)
+
+    def stream(self, start: int = 0, mesh: DeviceMesh | None = None, depth: int = 2) -> Iterator[Batch]:
+        """The endless steps from `start` on, made in a background thread up to `depth` ahead; in pinned memory where there is an accelerator.
+
+        Close it (or drop it) to end the thread. What goes wrong in the thread is raised here.
+
+        >>> next(Loader([Sample([1, 2], [1, 1])], seq_len=2, packs_per_step=1).stream()).input_ids.tolist()
+        [[1, 2]]
+        """
+        make = (self.step(i, mesh) for i in itertools.count(start))
+        return prefetch(partial(pinned, make, accelerator_index()), depth)
 
     def documents(self, i: int) -> list[int]:
         """The lengths of the samples in step i's global batch: what throughput and FLOPs are counted from, padding left out."""
-        places = (self._locate(i * self.packs_per_step + p) for p in range(self.packs_per_step))
-        return [self.lengths[s] for epoch, position in places for s in self._packs(epoch)[position]]
+        return [int(w.length[k]) for w, places in self._packs(i) for k in places]
 
-    def cursor(self, i: int) -> dict[str, int]:
-        """Where step i begins, as plain ints for a checkpoint: `seek` goes on from there without packing the epochs before."""
-        epoch, position = self._locate(i * self.packs_per_step)
-        return {"step": i, "epoch": epoch, "position": position}
+    def sources(self, i: int) -> dict[str, int]:
+        """The tokens of each source in step i's global batch; {} where there is one source only."""
+        count = Counter({source.name: 0 for source in self.data})
+        for w, places in self._packs(i):
+            for k in places:
+                count[self.data[w.source[k]].name] += int(w.length[k])
+        return dict(count) if len(self.data) > 1 else {}
 
-    def seek(self, cursor: dict[str, int]) -> None:
-        """Take a saved cursor's word for which epoch its step lies in. Raises ValueError if that epoch has no such pack."""
-        if not 0 <= cursor["position"] < len(self._packs(cursor["epoch"])):
-            raise ValueError(f"cursor {cursor} points past epoch {cursor['epoch']}'s {len(self._packs(cursor['epoch']))} packs: "
-                             "it was saved with other data, seq_len or max_documents")
-        self._starts = {0: 0, cursor["epoch"]: cursor["step"] * self.packs_per_step - cursor["position"]}
+    def cursor(self, i: int) -> dict[str, Any]:
+        """Where step i begins, as plain values for a checkpoint: `seek` goes on from there, on any mesh, without packing what came before.
+
+        `sources` are (epoch, samples of it taken, tokens taken) of each source where the window of the step's first pack begins, `position` is that
+        pack's place in it; `fingerprint` is what the order depends on.
+        """
+        with self._lock:
+            first, _ = self._window_at(i * self.packs_per_step)
+            state = self._states[first]
+        return {"step": i, "epoch": state[longest(self.data)].epoch, "position": i * self.packs_per_step - first,
+                "sources": [list(s) for s in state], "fingerprint": self.fingerprint}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        """Go on where a saved cursor stands. Raises ValueError, naming what differs, if it was saved with other data or other options."""
+        theirs, ours = dict(cursor["fingerprint"]), self.fingerprint
+        changed = [f"{k} ({theirs.get(k, 'none')} then, {ours.get(k, 'none')} now)" for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+        if changed:
+            raise ValueError(f"the order of the data is not that of the run to resume: changed {'; '.join(changed)}. Go on with what it was, or "
+                             "start from that run's parameters in a new directory")
+        first = cursor["step"] * self.packs_per_step - cursor["position"]
+        with self._lock:
+            self._note(first, tuple(Progress(*s) for s in cursor["sources"]))
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What the order of the data depends on, by name: options, and each source's data, tokenizer, template."""
+        options = {k: str(getattr(self, k)) for k in ("seq_len", "packs_per_step", "seed", "max_documents", "window", "group_by_length")}
+        for source in self.data:
+            tail = f" of {source.name}" if len(self.data) > 1 else ""
+            options |= {k + tail: v for k, v in source.data.fingerprint.items()} | ({"weight" + tail: f"{source.weight:g}"} if tail else {})
+        return options
 
     def efficiency(self, epoch: int = 0) -> float:
-        """The fraction of an epoch's positions that are not padding."""
-        return efficiency(self._packs(epoch), self.lengths, self.seq_len)
+        """The fraction of an epoch's positions that are not padding. It packs all of the epoch."""
+        main, at, tokens, packs = longest(self.data), 0, 0, 0
+        while True:
+            with self._lock:
+                first, packed = self._window_at(at)
+            here = self._states[first][main].epoch
+            if here > epoch:
+                return tokens / (packs * self.seq_len)
+            if here == epoch:
+                tokens, packs = tokens + int(packed.window.length.sum()), packs + len(packed.packs)
+            at = first + len(packed.packs)
 
-    def _packs(self, epoch: int) -> list[list[int]]:
-        if epoch not in self._epochs:
-            packs = list(epoch_packs(self.lengths, self.seq_len, self.max_documents, self.seed, epoch, self.window))
-            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: packs}
-        return self._epochs[epoch]
+    def _packs(self, i: int) -> list[tuple[Window, list[int]]]:
+        """Step i's packs, dearest first."""
+        out: list[tuple[Window, list[int]]] = []
+        at, end = i * self.packs_per_step, (i + 1) * self.packs_per_step
+        while at < end:
+            with self._lock:
+                first, packed = self._window_at(at)
+            taken = packed.packs[at - first:end - first]
+            out += [(packed.window, places) for places in taken]
+            at += len(taken)
+        return sorted(out, key=lambda p: -self._cost(*p))
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The epoch and the position in it of a pack of the endless row."""
-        epoch = max(e for e, first in self._starts.items() if first <= index)
-        while index >= (end := self._starts[epoch] + len(self._packs(epoch))):
-            epoch += 1
-            self._starts[epoch] = end
-        return epoch, index - self._starts[epoch]
+    def _cost(self, window: Window, places: list[int]) -> int:
+        lengths = window.length[places]
+        return int((lengths ** 2).sum()) + (self.seq_len - int(lengths.sum())) ** 2     # padding is attended to as a document is
 
-    def _pack(self, index: int) -> Batch:
-        epoch, position = self._locate(index)
-        return pack([self.samples[i] for i in self._packs(epoch)[position]], self.seq_len, self.max_documents)
+    def _window_at(self, index: int) -> tuple[int, _Packed]:
+        """The window that holds a pack of the endless row, and the number of its first pack."""
+        first = self._firsts[bisect_right(self._firsts, index) - 1]
+        while index >= (end := first + len((packed := self._packed(first)).packs)):
+            self._note(end, packed.window.after)
+            first = end
+        return first, packed
+
+    def _note(self, first: int, state: tuple[Progress, ...]) -> None:
+        if first not in self._states:
+            insort(self._firsts, first)
+        self._states[first] = state
+
+    def _packed(self, first: int) -> _Packed:
+        if first not in self._recent:
+            state = self._states[first]
+            window = draw(self.data, state, self.seed, self.window)
+            packs = best_fit(window.length.tolist(), self.seq_len, self.max_documents)
+            main = state[longest(self.data)]
+            rng = np.random.default_rng([self.seed, main.epoch, main.position])
+            packs = [packs[p] for p in rng.permutation(len(packs))]
+            if self.group_by_length:
+                packs = self._grouped(packs, window, -first % self.packs_per_step, rng)
+            self._recent[first] = _Packed(window, packs)
+            for old in list(self._recent)[:-4]:                      # the thread that is ahead and the one that logs may each look at two
+                del self._recent[old]
+        return self._recent[first]
+
+    def _grouped(self, packs: list[list[int]], window: Window, head: int, rng: np.random.Generator) -> list[list[int]]:
+        """Packs of like cost in steps, which come in random order; the first `head` finish a step that began before, the last begin another."""
+        n = self.packs_per_step
+        if len(packs) < head + n:
+            return packs
+        steps = (len(packs) - head) // n
+        loose = len(packs) - steps * n
+        ordered = sorted(packs[loose:], key=lambda p: self._cost(window, p))
+        grouped = [p for s in rng.permutation(steps) for p in ordered[s * n:(s + 1) * n]]
+        return packs[:head] + grouped + packs[head:loose]
 
 
-def eval_batches(samples: Sequence[Sample], seq_len: int, packs_per_batch: int = 1, mesh: DeviceMesh | None = None, *,
-                 max_documents: int | None = None) -> Iterator[Batch]:
+def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: DeviceMesh | None = None, *,
+                 max_documents: int | None = None, window: int = WINDOW[1]) -> Iterator[Batch]:
     """Every sample exactly once, in batches of `packs_per_batch` packs of which this rank gets its share; the last filled with packs of padding.
 
-    Sums over the batches (loss * mask, mask) do not depend on the mesh.
+    `samples` as for `Loader`, weights aside. Sums over the batches (loss * mask, mask) do not depend on the mesh.
 
     >>> [b.loss_mask.sum().item() for b in eval_batches([Sample([1, 2, 3], [1, 1, 1])] * 3, seq_len=4, packs_per_batch=2)]
     [4.0, 2.0]
     """
     max_documents = max_documents or default_max_documents(seq_len)
-    packs = best_fit([len(s.ids) for s in samples], seq_len, max_documents)
     rows, columns = share(packs_per_batch, seq_len, mesh)
-    for start in range(0, len(packs), packs_per_batch):
-        mine = [packs[p] if p < len(packs) else [] for p in range(start + rows.start, start + rows.stop)]
-        yield cut_positions(stack([pack([samples[i] for i in p], seq_len, max_documents) for p in mine]), columns)
+
+    def packs() -> Iterator[list[tuple[Any, int, int]]]:
+        for _, data, _ in sources_of(samples, seq_len):
+            for at in range(0, len(data), window):
+                start, length = (x.tolist() for x in data.spans(np.arange(at, min(at + window, len(data)))))
+                yield from ([(data, start[k], length[k]) for k in p] for p in best_fit(length, seq_len, max_documents))
+    all_packs = packs()
+    while batch := list(itertools.islice(all_packs, packs_per_batch)):
+        batch += [[] for _ in range(packs_per_batch - len(batch))]
+        mine = [[data.read(start, length) for data, start, length in p] for p in batch[rows]]
+        yield cut_positions(pack_rows(mine, seq_len, max_documents), columns)
 
 
-def split_off(samples: Sequence[Sample], fraction: float, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
+def split_off(samples: Any, fraction: float, seed: int = 0) -> tuple[Any, Any]:
     """(the rest, about `fraction` of the samples held out), drawn by seed; all samples of one conversation fall on the same side.
+
+    Lists of samples give lists, a `Dataset` gives two that read the same cache.
 
     Raises ValueError if fraction is not in [0, 1) or nothing would be left on one side.
 
@@ -135,10 +282,13 @@ def split_off(samples: Sequence[Sample], fraction: float, seed: int = 0) -> tupl
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction={fraction} to hold out is not in [0, 1)")
-    groups = [s.source if s.source >= 0 else ~i for i, s in enumerate(samples)]
+    groups = [] if isinstance(samples, Dataset) else [s.source if s.source >= 0 else ~i for i, s in enumerate(samples)]
     names = list(dict.fromkeys(groups))
-    count = max(1, round(fraction * len(names))) if fraction else 0
-    if count and count >= len(names):
-        raise ValueError(f"holding out {fraction} of {len(names)} conversations leaves none to train on")
+    total = samples.num_records if isinstance(samples, Dataset) else len(names)
+    count = max(1, round(fraction * total)) if fraction else 0
+    if count and count >= total:
+        raise ValueError(f"holding out {fraction} of {total} conversations leaves none to train on")
+    if isinstance(samples, Dataset):
+        return samples.split(count, seed)
     chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
     return ([s for s, g in zip(samples, groups, strict=True) if g not in chosen], [s for s, g in zip(samples, groups, strict=True) if g in chosen])

@@ -1,4 +1,5 @@
 """What every optimizer shares: the pair, `chain`, clipping, and adding the updates to the parameters."""
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -7,25 +8,34 @@ from xtf import tree
 from xtf.ops import LOCAL, Ops
 from xtf.parallel.collectives import like, local
 
+Mask = Callable[[str, torch.Tensor], bool]
+
 
 class Init(Protocol):
     def __call__(self, params: tree.Tree) -> tree.Tree: ...
 
 
 class Update(Protocol):
-    def __call__(self, grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]: ...
+    def __call__(self, grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]: ...
 
 
 class Optimizer(NamedTuple):
     """A pair of pure functions, as in optax.
 
     init(params) -> state: a tree of tensors; each moment has its parameter's placement, and is None at a frozen leaf.
-    update(grads, state, params, ops) -> (updates, state): what to add to the parameters; None at leaves without gradient.
+    update(grads, state, params, ops, **extra) -> (updates, state): what to add to the parameters; None at leaves without gradient.
         It may overwrite `grads` (updates live in their memory, so no two may share any: `value_and_grad` sees to that), and the
         old state and parameters only if `ops.donate`.
 
-    >>> sgd = Optimizer(lambda params: (), lambda grads, state, params, ops=LOCAL: (tree.tree_map(lambda g: -0.1 * g, grads), state))
-    >>> updates, _ = sgd.update({"w": torch.ones(2)}, sgd.init({}), {"w": torch.zeros(2)})
+    Extras, each of which may be missing, and which nothing waits for on the host:
+        norm: the 2-norm of `grads`, a scalar tensor, so that it need not be taken again.
+        ok: a bool scalar tensor on the parameters' device, the same on every rank. Where it is False the new state is the old one bit
+            for bit, and the updates leave every bit of the parameters (they are zeros), whatever is in `grads`: the step is skipped.
+            What only scales gradients for the next in a `chain` passes them on as they are.
+
+    >>> scale = lambda grads, state, params, ops=LOCAL, **extra: (tree.tree_map(lambda g: -0.1 * g, grads), state)
+    >>> tx = Optimizer(lambda params: (), scale)
+    >>> updates, _ = tx.update({"w": torch.ones(2)}, tx.init({}), {"w": torch.zeros(2)})
     >>> updates["w"].tolist() == torch.full((2,), -0.1).tolist()
     True
     """
@@ -33,8 +43,42 @@ class Optimizer(NamedTuple):
     update: Update
 
 
+def known(extra: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(norm, ok) of an update's extras; raises TypeError for any other name."""
+    if extra.keys() - {"norm", "ok"}:
+        raise TypeError(f"update: unknown extras {sorted(extra.keys() - {'norm', 'ok'})}; known are norm and ok")
+    return extra.get("norm"), extra.get("ok")
+
+
+def count(params: tree.Tree) -> torch.Tensor:
+    """The number of steps taken so far: an int64 zero where the parameters are, so that a step that is not `ok` need not be waited for."""
+    where = next((p.device for p in tree.leaves(params)), "cpu")
+    return torch.zeros((), dtype=torch.int64, device=where)
+
+
+def moment(p: torch.Tensor) -> torch.Tensor | None:
+    """Zeros placed as a leaf, in at least float32; None for a frozen one."""
+    if not p.requires_grad:
+        return None
+    return torch.zeros_like(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format)
+
+
+def refusal(name: str, path: str, g: torch.Tensor, p: torch.Tensor) -> ValueError:
+    """What to raise for a gradient of another shape than its parameter, or at a leaf that was frozen when the state was made."""
+    return ValueError(f"{name}: {path} has a gradient of shape {tuple(g.shape)}, but " + (
+        f"its parameter has {tuple(p.shape)}" if g.shape != p.shape else "its moments are None: it was frozen at init; init the optimizer again"))
+
+
+def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float) -> torch.Tensor:
+    """`new` where the step is taken, else `old`, bit for bit.
+
+    For updates `old` is -0.0: the one number that added to x gives x for every x (0.0 would turn -0.0 into 0.0).
+    """
+    return new if ok is None else torch.where(ok, new, old)
+
+
 def chain(*txs: Optimizer) -> Optimizer:
-    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs.
+    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs. `norm` is for the first alone.
 
     >>> tx = chain(clip_by_global_norm(1.0))
     >>> params = {"w": torch.zeros(2, requires_grad=True)}
@@ -45,10 +89,11 @@ def chain(*txs: Optimizer) -> Optimizer:
     def init(params: tree.Tree) -> tree.Tree:
         return tuple(tx.init(params) for tx in txs)
 
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
         states = []
         for tx, old in zip(txs, state, strict=True):
-            grads, new = tx.update(grads, old, params, ops)
+            grads, new = tx.update(grads, old, params, ops, **extra)
+            extra.pop("norm", None)                                    # it was that of the gradients that came in
             states.append(new)
         return grads, tuple(states)
     return Optimizer(init, update)
@@ -58,7 +103,7 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
     """Scale all gradients by `min(1, max_norm / norm)`, with the 2-norm over every stored element of every rank, counted once.
 
     The norm before clipping is left in the state, `{"norm": float64 scalar}`, for the step to report; nothing waits for it.
-    `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN.
+    `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN. Given `norm`, nothing is measured.
 
     Raises ValueError if `max_norm` is not positive.
     """
@@ -69,12 +114,13 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
         device = next((p.device for p in tree.leaves(params)), "cpu")
         return {"norm": torch.zeros((), dtype=torch.float64, device=device)}
 
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL) -> tuple[tree.Tree, Any]:
-        norm = ops.norm(grads).double()
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+        norm, ok = known(extra)
+        norm = (ops.norm(grads) if norm is None else norm).double()
         present = [local(g) for g in tree.leaves(grads) if g is not None]
         if present:
             torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
-        return grads, {"norm": norm}
+        return grads, {"norm": chosen(ok, norm, state["norm"])}
     return Optimizer(init, update)
 
 

@@ -5,6 +5,7 @@ step is without effect. Then they fall from `peak` at step W towards `final * pe
 """
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -46,6 +47,32 @@ def constant(peak: float, steps: int = 1, warmup: float = 0.0) -> Schedule:
     0.5
     """
     return _schedule("constant", peak, steps, warmup, torch.ones_like)
+
+
+def wsd(peak: float, steps: int, warmup: float = 0.0, decay: float = 0.1, final: float = 0.0,
+        shape: Literal["1-sqrt", "linear"] = "1-sqrt") -> Schedule:
+    """Warm-up, stable, decay: `peak` until the last `decay * steps` steps, which go down to `final * peak`.
+
+    With progress r in [0, 1] through the decay: peak * (1 - (1 - final) sqrt(r)), or r in place of its root for "linear". A run can go
+    on from any step of its stable part with a larger `steps`. Hu et al., MiniCPM, 2024; the root: Hägele et al., Scaling Laws and
+    Compute-Optimal Training Beyond Fixed Training Durations, 2024, section 3.
+
+    Raises ValueError if `steps` is less than 1, `warmup` or `decay` no fraction, their sum above 1, or `shape` unknown.
+
+    >>> lr = wsd(1.0, steps=10, warmup=0.1, decay=0.4)
+    >>> [round(float(lr(torch.tensor(t))), 3) for t in (0, 1, 6, 7, 10)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if shape not in ("1-sqrt", "linear") or not 0 <= decay <= 1 or 1 < warmup + decay <= 1 + decay:
+        raise ValueError(f'wsd: decay must be a fraction of the steps that leaves room for warmup, and shape "1-sqrt" or "linear"; '
+                         f"got warmup={warmup}, decay={decay}, shape={shape!r}")
+    rise, last = round(warmup * steps), round(decay * steps)
+
+    def fall(s: torch.Tensor) -> torch.Tensor:
+        done = s * max(steps - rise, 1) - (steps - rise - last)                # steps of the decay, from those after the warm-up
+        r = (done / max(last, 1)).clamp(0, 1) if last else (s >= 1).double()
+        return 1 - (1 - final) * (r.sqrt() if shape == "1-sqrt" else r)
+    return _schedule("wsd", peak, steps, warmup, fall)
 
 
 def _schedule(name: str, peak: float, steps: int, warmup: float, fall: Callable[[torch.Tensor], torch.Tensor]) -> Schedule:

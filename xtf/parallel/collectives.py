@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 
@@ -34,7 +34,7 @@ class Sent(NamedTuple):
     """One collective as `record` saw it: what, over how many ranks, and the bytes that this rank sends to others.
 
     all_gather and reduce_scatter: (W - 1) × a shard's bytes. all_reduce: 2 (W - 1) / W × the tensor's bytes (ring).
-    all_to_all: (W - 1) / W × the tensor's bytes.
+    all_to_all: (W - 1) / W × the tensor's bytes (`exchange`: of what it sends to others).
     """
     kind: str
     ranks: int
@@ -42,6 +42,16 @@ class Sent(NamedTuple):
 
 
 _records: list[list[Sent]] = []
+_started: list[Any] = [0, "none"]
+
+
+def started() -> tuple[int, str]:
+    """How many collectives this process has started, and what the last one was: what a hung run is asked for.
+
+    >>> isinstance(started()[0], int)
+    True
+    """
+    return _started[0], _started[1]
 
 
 @contextlib.contextmanager
@@ -67,6 +77,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 def _note(kind: str, group: dist.ProcessGroup, nbytes: int) -> None:
+    _started[0], _started[1] = _started[0] + 1, f"{kind} over {group.size()} ranks, {nbytes:,} bytes from here"
     for sent in _records:
         sent.append(Sent(kind, group.size(), nbytes))
 
@@ -105,6 +116,27 @@ def sum_(x: torch.Tensor, group: Group) -> torch.Tensor:
     _note("all_reduce", group.pg, 2 * (group.size - 1) * _nbytes(x) // group.size)
     dist.all_reduce(x, group=group.pg)
     return x
+
+
+def max_along(x: torch.Tensor, stored: Any, dim: int) -> torch.Tensor:
+    """The largest of each element of `x`, in place, over the ranks that hold other parts of `stored` along `dim`."""
+    for i, p in enumerate(stored.placements if isinstance(stored, DTensor) else ()):
+        if isinstance(p, Shard) and p.dim == dim and stored.device_mesh.size(i) > 1:
+            pg = stored.device_mesh.get_group(i)
+            _note("all_reduce", pg, 2 * (pg.size() - 1) * _nbytes(x) // pg.size())
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=pg)
+    return x
+
+
+def exchange(to: list[list[torch.Tensor]], sizes: list[int], group: Group, kind: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors `to[r]` to rank r, for all ranks at once; what came from each, flat, `sizes[r]` numbers. All are of the dtype and device
+    of `kind`."""
+    flat = torch.cat([x.reshape(-1) for xs in to for x in xs] or [kind.new_empty(0)])
+    sent = [sum(x.numel() for x in xs) for xs in to]
+    out = kind.new_empty(sum(sizes))
+    _note("all_to_all", group.pg, (len(flat) - sent[group.pg.rank()]) * flat.element_size())
+    dist.all_to_all_single(out, flat, sizes, sent, group=group.pg)
+    return out.split(sizes)
 
 
 @torch.library.custom_op("xtf::all_sum", mutates_args=())

@@ -142,13 +142,14 @@ def spy(seen: list) -> Transform:
 shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))      # making groups takes longer than an example
 
 
-def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int) -> tuple | None:
+def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int,
+               extra: tree.Tree = None) -> tuple | None:
     """On every rank: the first step's gradients and loss, and the parameters after `steps` steps, whole, on rank 0."""
     m = shared_mesh(layout.mesh)
     seen: list = []
     run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
     params = init(run.specs, seed, run.layout)
-    state, first = TrainState.create(params, opt.init(params), seed=seed), None
+    state, first = TrainState.create(params, opt.init(params), _fresh(extra), seed), None
     for _ in range(steps):
         state, metrics = run(state, cut(batch, m))
         if first is None:
@@ -166,22 +167,22 @@ def whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt: Any, seed: int = 0, steps: int = 2,
-            reference: Callable | None = None) -> Equivalence:
+            reference: Callable | None = None, extra: tree.Tree = None) -> Equivalence:
     """Run `reference` (by default `step`) on one process and `step` on `layout`, and say how far apart they are."""
     one: list = []
     adapters = [f() for f in layout.extra if f().stage == 30]                       # they change the function: both have them
     base = shard(reference or step, spy(one), *adapters, specs=specs)
     params = init(base.specs, seed)
-    state, grads, loss = TrainState.create(params, opt.init(params), seed=seed), None, None
+    state, grads, loss = TrainState.create(params, opt.init(params), _fresh(extra), seed), None, None
     for _ in range(steps):
         state, metrics = base(state, batch)
         if grads is None:
             grads, loss = one[0], metrics["loss"].detach()
         one.clear()
     if layout.num_ranks == 1:
-        got = run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps)
+        got = run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps, extra)
     else:
-        got = pool(layout.num_ranks).run(run_layout, step, specs, opt, layout, batch, seed, steps)[0]
+        got = pool(layout.num_ranks).run(run_layout, step, specs, opt, layout, batch, seed, steps, extra)[0]
     assert got is not None and grads is not None and loss is not None
     paths = [path for path, _ in tree.flatten_with_path(base.specs)]
 
@@ -193,6 +194,10 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
 
     grad, param = worst(grads, got[0]), worst([p.detach() for p in tree.leaves(state.params)], got[2])
     return Equivalence(_deviation(loss, got[1]), *grad, *param)
+
+
+def _fresh(extra: tree.Tree) -> tree.Tree:
+    return None if extra is None else tree.tree_map(torch.clone, extra)
 
 
 def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: float = 0.0) -> float:
@@ -207,12 +212,14 @@ def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: fl
 
 def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = UP_TO_FOUR, *, specs: tree.Tree, opt: Any,
                       batches: Callable[[Layout], st.SearchStrategy] | None = None, vocab_size: int | None = None, seed: int = 0, steps: int = 2,
-                      reference: Callable | None = None, tolerance: float | None = None, examples: int = 25, derandomize: bool = True) -> None:
+                      reference: Callable | None = None, extra: tree.Tree = None, tolerance: float | None = None, examples: int = 25,
+                      derandomize: bool = True) -> None:
     """Assert that `step(state, batch, ops)` is the same function on every drawn layout (laws 1 to 3 and 5).
 
     `specs` describe its parameters, `opt` is an (init, update) pair, the step's metrics have `"loss"`. `batches(layout)` is a strategy of
     global batches that `xtf.data.cut` can cut; by default `token_batches(vocab_size)`. `layouts` is a strategy or a list. `reference` is the
-    step that one process runs, where it is another one (whole batches against micro-batches).
+    step that one process runs, where it is another one (whole batches against micro-batches). `extra` is what `TrainState.extra` holds before
+    the first step.
 
     The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the
     tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer
@@ -234,7 +241,7 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     def check(data: Any) -> None:
         layout = data.draw(draw_layout, label="layout")
         batch = data.draw(batches(layout), label="batch")
-        e = compare(step, layout, batch, specs=specs, opt=opt, seed=seed, steps=steps, reference=reference)
+        e = compare(step, layout, batch, specs=specs, opt=opt, seed=seed, steps=steps, reference=reference, extra=extra)
         where = f"on {layout}, batch of {', '.join(f'{k} {tuple(v.shape)}' for k, v in tree.flatten_with_path(batch))}"
         assert e.grad <= bound, f"gradient of {e.grad_leaf} differs by {e.grad:.2e} of its largest (bound {bound:.1e}) {where}"
         assert e.loss <= bound, f"loss differs by {e.loss:.2e} (bound {bound:.1e}) {where}"
