@@ -39,7 +39,8 @@ def prepare(folder: Path, small: bool) -> list[str]:
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<|endoftext|>"], show_progress=False,
                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|endoftext|>").save_pretrained(folder / "model")
-    Qwen3Config(vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=1024, **(SMALL if small else TINY)).save_pretrained(folder / "model")
+    size = SMALL if small else TINY
+    Qwen3Config(vocab_size=vocab, tie_word_embeddings=True, max_position_embeddings=1024, **size).save_pretrained(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -91,9 +92,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     result = {"loss": max(abs(p / q - 1) for p, q in zip(a, b, strict=True)), "eval_loss": max(abs(p / q - 1) for p, q in zip(*held, strict=True)),
               "weights": max(((x[k] - y[k]).abs().max() / x[k].abs().max()).item() for k in x)}
     params = sum(v.numel() for v in x.values())
-    print(f"{device.capability()}\n{params:,} parameters, {args.steps} steps, loss {a[0]:.3f} → {a[-1]:.3f}, held-out {held[0][0]:.4f} → {held[0][-1]:.4f} "
-          f"({held[1][-1]:.4f} interrupted); the curves are within {result['loss']:.1e} of each other, held-out losses within {result['eval_loss']:.1e}, "
-          f"weights within {result['weights']:.1e} of each leaf's largest; {time.monotonic() - begun:.0f} s in all", flush=True)
+    print(f"{device.capability()}\n{params:,} parameters, {args.steps} steps, loss {a[0]:.3f} → {a[-1]:.3f}, held-out {held[0][0]:.4f} → "
+          f"{held[0][-1]:.4f} ({held[1][-1]:.4f} interrupted); the curves are within {result['loss']:.1e} of each other, held-out losses within "
+          f"{result['eval_loss']:.1e}, weights within {result['weights']:.1e} of each leaf's largest; "
+          f"{time.monotonic() - begun:.0f} s in all", flush=True)
     return result | {"last": a[-1], "first": a[0]}
 
 

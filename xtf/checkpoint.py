@@ -429,7 +429,7 @@ def _read_data(folder: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not fit")
         return json.loads(stored["json"])
     except (ValueError, KeyError, TypeError, OSError) as e:
-        raise OSError(f"{file}: damaged or gone, go back to an earlier checkpoint: {e}") from e
+        raise OSError(f"{file}: damaged or gone; move this checkpoint away to use the one before: {e}") from e
 
 
 def _named_error(e: Exception, directory: Path) -> Exception:

@@ -48,6 +48,7 @@ class Run:
     def __init__(self, flags: Any):
         self.flags, self.out, self.first = flags, Path(flags.out), 0
         self.finished, self.held = False, contextlib.ExitStack()
+        self.looks = flags.dry_run or flags.show_batch              # and trains nothing: OUT is not touched
         self._checkpoints: Any = None
         self._exporter: Any = None
         self._evaluated: dict[str, float] = {}
@@ -58,7 +59,7 @@ class Run:
     def __enter__(self) -> "Run":
         process.die_with_launcher()
         self.mesh = cli.start(self.flags)
-        if self.flags.dry_run:
+        if self.looks:
             return self
         with self.held:
             self.held.enter_context(process.locked(self.out))
@@ -76,7 +77,7 @@ class Run:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self.flags.dry_run:
+        if self.looks:
             return
         try:
             if kind is None:

@@ -238,7 +238,7 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
             part = arrays[name][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
             await ts.array(to_numpy(host), copy=False).write(part.translate_to[(0,) * x.ndim] if x.ndim else part)
         except (ValueError, OSError, RuntimeError) as e:
-            raise OSError(f"{folder}: the values of {name} are damaged or gone, go back to an earlier checkpoint: {_short(e)}") from e
+            raise OSError(f"{folder}: the values of {name} are damaged or gone; move this checkpoint away to use the one before: {_short(e)}") from e
         finally:
             async with waiting:
                 room[0] += need

@@ -166,6 +166,12 @@ def test_dry_run_prints_the_layout_and_stops(files, tmp_path, capsys):
     assert "layers.*.q.weight" in out and "bytes per rank" in out and not (tmp_path / "out").exists()
 
 
+def test_show_batch_prints_what_is_trained_and_stops(files, tmp_path, capsys):
+    train("qwen3_sft", argv(files, tmp_path / "out", "qwen3", "--show-batch"))
+    out = capsys.readouterr().out
+    assert "Explain" in out and "<|im_end|>" in out and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("more, message", [
     (("--dtype", "fp8"), "--dtype fp8: not supported yet"),
     (("--keep", "0"), "--keep 0: must be at least 1"),

@@ -117,6 +117,7 @@ def test_exports_on_the_way_are_what_transformers_loads(files, tmp_path):  # noq
     from transformers import AutoModelForCausalLM
     pool(2).run(train, "qwen3_sft", [*argv(files, tmp_path / "out"), "--export-every", "10", "--mesh", "dp=2"])
     train("qwen3_sft", [*argv(files, tmp_path / "ten"), "--export-every", "10"])
-    same = [AutoModelForCausalLM.from_pretrained(tmp_path / d, dtype=torch.float32).state_dict() for d in ("out/hf-10", "ten/hf-10", "ten/hf-20", "ten/hf")]
+    load = lambda folder: AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32).state_dict()
+    same = [load(folder) for folder in ("out/hf-10", "ten/hf-10", "ten/hf-20", "ten/hf")]
     near = lambda a, b: max(((a[k] - b[k]).abs().max() / b[k].abs().max()).item() for k in b)
     assert near(same[0], same[1]) < 1e-4 and near(same[2], same[3]) == 0 and near(same[1], same[3]) > 1e-3
