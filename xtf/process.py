@@ -145,9 +145,10 @@ class Stop:
 class Watchdog:
     """A thread that ends a rank which makes no progress, and says where it and the others stand.
 
-    `tick(what)` after every piece of progress. After `seconds` without one, each rank writes to stderr and to `folder`/rank-N.txt: the last step,
-    the last collective it started (kind, bytes, ranks), where Python stands, and which ranks are behind by the count of their collectives
-    or have not been heard of (a stopped process, a dead node). Then it exits with status 1, and torchrun ends the rest.
+    Progress is a `tick(what)`, or a collective that this rank starts. After `seconds` without any, each rank writes to stderr and to
+    `folder`/rank-N.txt: what it did last, the last collective it started (kind, bytes, ranks), where Python stands, and which ranks are behind or
+    ahead by the count of their collectives, or have not been heard of (a stopped process, a dead node). Then it exits with status 1, and
+    torchrun ends the rest.
     """
 
     def __init__(self, seconds: float, folder: str | Path, every: float = 5.0):
@@ -156,7 +157,7 @@ class Watchdog:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         store: Any = dist.distributed_c10d._get_default_store() if self.world > 1 else None
         self.store: Any = store and dist.PrefixStore("xtf/beat", store.clone())        # a connection of its own: others may be waiting on theirs
-        self.ended = threading.Event()
+        self.ended, self.seen = threading.Event(), collectives.started()[0]
         threading.Thread(target=self._watch, name="xtf-watchdog", daemon=True).start()
 
     def tick(self, what: str) -> None:
@@ -172,6 +173,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.ended.wait(self.every):
+            count, _ = collectives.started()
+            if count != self.seen:
+                self.at, self.seen = time.monotonic(), count
             if time.monotonic() - self.at > self.seconds:
                 self._report()
                 os._exit(1)
@@ -214,5 +218,6 @@ class Watchdog:
             theirs = json.loads(self.store.get(str(rank)))
             silent = time.time() - theirs["time"]
             note = f", SILENT for {silent:.0f} s: stopped or dead" if silent > 3 * self.every else ""
-            note += f", BEHIND by {mine['collectives'] - theirs['collectives']} collectives" if theirs["collectives"] < mine["collectives"] else ""
+            ahead = theirs["collectives"] - mine["collectives"]
+            note += f", {'AHEAD' if ahead > 0 else 'BEHIND'} by {abs(ahead)} collectives" if ahead else ""
             others.append(f"rank {rank}: done: {theirs['done']}; collective number {theirs['collectives']}, {theirs['last']}{note}")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch.distributed as dist
 
 from xtf import cli, hf, process, profile, tree
 from xtf.checkpoint import Checkpoints, Exporter
@@ -49,6 +50,7 @@ class Run:
         self.flags, self.out, self.first = flags, Path(flags.out), 0
         self.finished, self.held = False, contextlib.ExitStack()
         self.looks = flags.dry_run or flags.show_batch              # and trains nothing: OUT is not touched
+        self.dog: process.Watchdog | None = None
         self._checkpoints: Any = None
         self._exporter: Any = None
         self._evaluated: dict[str, float] = {}
@@ -71,8 +73,6 @@ class Run:
                 raise ValueError(f"--out {self.out}: holds checkpoints of a run (steps {', '.join(map(str, saved))}); "
                                  "--resume auto goes on from the newest, another --out begins anew")
             self.stop = process.Stop()
-            self.dog = process.Watchdog(self.flags.hang_timeout, self.out / "hang")
-            self.held.callback(self.dog.close)
             self.held = self.held.pop_all()
         return self
 
@@ -109,8 +109,10 @@ class Run:
         self.logged = self.held.enter_context(Log(flags, model, cfg, self.mesh, first=self.first))
         if flags.save_every:
             self._checkpoints = self._open(self.out / "checkpoints")
+        if dist.is_initialized():                                     # one process has nobody to wait for
+            self.dog = process.Watchdog(flags.hang_timeout, self.out / "hang")
+            self.held.callback(self.dog.close)
         self.stop.armed = True
-        self.dog.tick("starting")
         return state
 
     def steps(self) -> Iterator[tuple[int, tree.Tree]]:
@@ -128,7 +130,7 @@ class Run:
         """
         self.logged.step(i, metrics, self.loader.documents(i - 1), self.loader.sources(i - 1))
         why, self._before = self._advice(self._before) if "in_a_row" in self._before else None, metrics
-        self.dog.tick(f"step {i}")
+        self._done(f"step {i}")
         if why:
             raise ValueError(f"step {i - 1}: {why}")
 
@@ -136,7 +138,7 @@ class Run:
         """Log the held-out loss after step `i`; retention by --keep-best goes by it."""
         self.logged.evaluation(i, eval_loss)
         self._evaluated = {"eval_loss": float(eval_loss)}
-        self.dog.tick(f"evaluation after step {i}")
+        self._done(f"evaluation after step {i}")
 
     def evaluates(self, i: int) -> bool:
         """Whether held-out data is due after step `i`: before the first, every --eval-every, and after the last."""
@@ -156,7 +158,7 @@ class Run:
             self._checkpoints = self._checkpoints or self._open(self.out / "checkpoints")
             self.logged.sync()                                        # no checkpoint without its rows
             self._checkpoints.save(i, state, {"cursor": self.loader.cursor(i)}, self._evaluated or None)
-            self.dog.tick(f"save after step {i}")
+            self._done(f"save after step {i}")
         if flags.export_every and i % flags.export_every == 0 and not heard:
             self._exporter = self._exporter or Exporter()
             self._exporter.save(self.out / f"hf-{i}", state.params, self.names, like=flags.model)
@@ -172,6 +174,10 @@ class Run:
         hf.save(self.out / "hf", params, self.names, like=self.flags.model)
         process.on_main(lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
         cli.say(f"{self.out}/hf: the model, as transformers loads it")
+
+    def _done(self, what: str) -> None:
+        if self.dog is not None:
+            self.dog.tick(what)
 
     def _open(self, folder: Path) -> Any:
         flags = self.flags

@@ -19,6 +19,7 @@ from xtf.parallel.collectives import local
 
 Shape = tuple[int, ...]
 CHUNK_BYTES = 16 << 20                # below malloc's mmap threshold: its buffers keep their pages
+FILE_BYTES = 64 << 20                 # of a data file, about: one goes to the disk while the next is encoded
 IN_FLIGHT = 64 << 20                  # bytes being read at once
 ODD = {d: n for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if (d := getattr(torch, n, None))}
 
@@ -166,27 +167,30 @@ def _context() -> Any:
 async def write(folder: Path, rank: int, todo: Iterable[Part]) -> None:
     """Write this rank's parts under `folder`, on disk (fsync) when it returns.
 
-    Raises OSError naming the leaf and what the system said.
+    All in one transaction: a commit of each array and then of its chunks would wait for the disk again and again.
+
+    Raises OSError naming the leaf or file and what the system said.
     """
     import tensorstore as ts
     context = _context()
-    store = {**_store(folder / f"ocdbt.process_{rank}"), "assume_config": True, "target_data_file_size": 2 << 30,
+    store = {**_store(folder / f"ocdbt.process_{rank}"), "assume_config": True, "target_data_file_size": FILE_BYTES,
              "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}}
 
     async def one(part: Part) -> None:
-        try:
-            metadata = {"shape": part.shape, "data_type": part.values.dtype.name, "chunk_grid": {
-                "name": "regular", "configuration": {"chunk_shape": part.chunk}},
-                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]}
-            array = await ts.open({"driver": "zarr3", "kvstore": {**store, "path": part.name}, "recheck_cached_data": False,
-                                   "recheck_cached_metadata": False, "store_data_equal_to_fill_value": True, "metadata": metadata},
-                                  create=True, open=True, context=context)
-            if part.values.size:
-                here = tuple(slice(o, o + n) for o, n in zip(part.offset, part.values.shape, strict=True))
-                await array[here].write(part.values, can_reference_source_data_indefinitely=True)
-        except (ValueError, OSError, RuntimeError) as e:
-            raise OSError(f"{folder}: {part.name} was not written: {_short(e)}") from e
-    await _all(map(one, todo))
+        metadata = {"shape": part.shape, "data_type": part.values.dtype.name, "chunk_grid": {
+            "name": "regular", "configuration": {"chunk_shape": part.chunk}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]}
+        array = await ts.open({"driver": "zarr3", "kvstore": {**store, "path": part.name}, "recheck_cached_data": False,
+                               "recheck_cached_metadata": False, "store_data_equal_to_fill_value": True, "metadata": metadata},
+                              create=True, open=True, context=context, transaction=transaction)
+        if part.values.size:
+            here = tuple(slice(o, o + n) for o, n in zip(part.offset, part.values.shape, strict=True))
+            await array[here].write(part.values, can_reference_source_data_indefinitely=True)
+    try:
+        async with ts.Transaction() as transaction:
+            await _all(map(one, todo))
+    except (ValueError, OSError, RuntimeError) as e:
+        raise OSError(f"{folder}: the arrays were not written: {_short(e)}") from e
 
 
 async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "") -> None:
