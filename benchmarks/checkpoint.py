@@ -3,12 +3,13 @@
     python benchmarks/checkpoint.py                      # 1 GB on 1 and on 4 ranks
     python benchmarks/checkpoint.py --small              # a few MB, to see that it runs
 
-Both sides save the same tree (parameters and two moments of a transformer, fp32) to the same disk, with checksums (ours) and without
-(theirs), fsync on both sides, and restore it into memory that exists. Time is the slowest rank's; cpu is processor time of all ranks, which
-others on the machine disturb less; memory is what all ranks together needed at
-their peak beyond what they held before. What is restored is compared bit for bit. `stall` is how long `save` keeps the training waiting when
-it works in the background, `first` the same where its buffers have to be made; `step` is the time that the products alone of a training
-step of this model on 2048 tokens take here on every rank at once (6 × parameters × tokens, at the rate of torch.mm), so a step takes longer.
+Both sides save the same tree (parameters and two moments of a transformer, fp32) to the same disk, with checksums (crc32c ours; the crc32
+of torch.save theirs, which their load does not look at) and fsync of every file (ours: and folder), and restore it into memory that exists.
+Time is the slowest rank's, `ratio` that of the medians and `paired` the median of the rounds' own ratios; cpu is processor time of all ranks,
+which others on the machine disturb less; memory is what all ranks together needed at their peak beyond what they held before. What is
+restored is compared bit for bit. `stall` is how long `save` keeps the training waiting when it works in the background, `first` the same
+where its buffers have to be made; `step` is the time that the products alone of a training step of this model on 2048 tokens take here on
+every rank at once (6 × parameters × tokens, at the rate of torch.mm), so a step takes longer. `load` is of the last minute, at the end.
 """
 import argparse
 import json
@@ -117,7 +118,8 @@ def main() -> None:
     nbytes, cores = 12 * sum(torch.Size(s).numel() for s in shapes(args.small).values()), os.cpu_count()
     rows: list[dict] = []
     print(f"{nbytes / 1e9:.3f} GB, {3 * len(shapes(args.small))} leaves, medians of {args.rounds} interleaved rounds, {cores} cores")
-    print(f"{'ranks':>5}  {'what':8} {'ours s':>8} {'DCP s':>8} {'ratio':>6}   {'ours GB':>8} {'DCP GB':>8}   {'ours cpu':>8} {'DCP cpu':>8}")
+    print(f"{'ranks':>5}  {'what':8} {'ours s':>8} {'DCP s':>8} {'ratio':>6} {'paired':>6}   {'ours GB':>8} {'DCP GB':>8}"
+          f"   {'ours cpu':>8} {'DCP cpu':>8}")
     try:
         for ranks in args.ranks:
             rounds: list[dict[str, dict[str, float]]] = []
@@ -130,13 +132,15 @@ def main() -> None:
             middle = {k: {q: statistics.median(r[k][q] for r in rounds) for q in rounds[0][k]} for k in rounds[0]}
             for what in ("save", "restore"):
                 a, b = middle[f"{what} ours"], middle[f"{what} DCP"]
+                pairs = [(r[f"{what} ours"]["seconds"], r[f"{what} DCP"]["seconds"]) for r in rounds]
                 row = {"ranks": ranks, "what": what, "ours": a, "dcp": b, "ratio": a["seconds"] / b["seconds"],
-                       "seconds": [(r[f"{what} ours"]["seconds"], r[f"{what} DCP"]["seconds"]) for r in rounds]}
+                       "paired": statistics.median(x / y for x, y in pairs), "seconds": pairs}
                 rows.append(row)
-                print(f"{ranks:>5}  {what:8} {a['seconds']:8.3f} {b['seconds']:8.3f} {row['ratio']:6.2f}   {a['gb']:8.3f} {b['gb']:8.3f}"
-                      f"   {a['cpu']:8.3f} {b['cpu']:8.3f}", flush=True)
+                print(f"{ranks:>5}  {what:8} {a['seconds']:8.3f} {b['seconds']:8.3f} {row['ratio']:6.2f} {row['paired']:6.2f}"
+                      f"   {a['gb']:8.3f} {b['gb']:8.3f}   {a['cpu']:8.3f} {b['cpu']:8.3f}", flush=True)
             for key in ("first", "stall", "step"):
                 print(f"{ranks:>5}  {key:8} {middle[f'{key} ours']['seconds']:8.3f}", flush=True)
+            print(f"{ranks:>5}  {'load':8} {os.getloadavg()[0]:8.1f}", flush=True)
             rows.append({"ranks": ranks, "what": "stall"} | {key: middle[f"{key} ours"]["seconds"] for key in ("first", "stall", "step")})
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -73,7 +73,8 @@ def ours(args: argparse.Namespace) -> None:
     loader, tokens, i = Loader(data, args.seq_len, args.packs), 0, 0
     batches = loader.stream()
     while loader.cursor(i)["epoch"] == 0:
-        tokens += int((next(batches).input_ids != 0).sum())
+        next(batches)
+        tokens += sum(loader.documents(i))
         i += 1
     told("pack and stream", tokens=tokens, efficiency=tokens / (i * args.packs * args.seq_len), steps=i)
 
