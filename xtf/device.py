@@ -71,6 +71,11 @@ def piece(where: torch.device) -> int:
     return 1 << 19 if where.type == "cpu" else 1 << 26
 
 
+def norm_piece(where: torch.device) -> int:
+    """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes each add up their part in one float32."""
+    return 1 << 15 if where.type == "cpu" else 1 << 40
+
+
 def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s of dense products in `dtype` on one device: the denominator of MFU.
 
