@@ -111,6 +111,8 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
     for name in ("steps", "seq_len", "batch_tokens", "keep", "max_skipped"):
         if getattr(flags, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    if flags.seq_len < 2 or not 0 <= flags.eval_fraction < 1:
+        raise SystemExit(f"--seq-len {flags.seq_len} --eval-fraction {flags.eval_fraction}: at least 2 tokens, and a fraction in [0, 1)")
     if flags.batch_tokens % flags.seq_len:
         raise SystemExit(f"--batch-tokens {flags.batch_tokens}: must be a multiple of --seq-len {flags.seq_len}, since a micro-batch is one pack")
     try:

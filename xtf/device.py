@@ -73,7 +73,7 @@ def piece(where: torch.device) -> int:
 
 def norm_piece(where: torch.device) -> int:
     """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes each add up their part in one float32."""
-    return 1 << 15 if where.type == "cpu" else 1 << 40
+    return 1 << 14 if where.type == "cpu" else 1 << 40
 
 
 def peak_flops(dtype: torch.dtype) -> float:

@@ -137,12 +137,12 @@ class Log:
 def cut(file: Path, step: int) -> list[dict[str, Any]]:
     """Cut a metrics file back to the rows up to `step`, all at once or not at all; the rows kept. Half a row at the end is none."""
     rows: list[dict[str, Any]] = []
-    if step and file.exists():
-        for line in file.read_text().splitlines():
-            try:
-                rows += [row] if (row := json.loads(line))["step"] <= step else []
-            except ValueError:                               # a row that was being written when the process died
-                continue
+    for number, line in enumerate(file.read_bytes().splitlines() if step and file.exists() else (), 1):
+        try:
+            row = json.loads(line)
+            rows += [row] if row["step"] <= step else []
+        except (ValueError, TypeError, KeyError):            # a row that was being written when the process died, or none of ours
+            print(f"{file}:{number}: no row of a run, left out: {line[:60]!r}", flush=True)
     work = file.with_name(file.name + ".new")
     with open(work, "w") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)

@@ -38,8 +38,8 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
-def on_main(fn: Callable[[], Any]) -> Any:
-    """`fn()` on rank 0 alone; every rank gets its (picklable) result, or its ValueError or OSError.
+def on_main(fn: Callable[..., Any], **more: Any) -> Any:
+    """`fn(**more)` on rank 0 alone; every rank gets its (picklable) result, or its ValueError or OSError.
 
     >>> on_main(lambda: 3)
     3
@@ -47,7 +47,7 @@ def on_main(fn: Callable[[], Any]) -> Any:
     said: list[Any] = [None, None]
     if is_main():
         try:
-            said = [fn(), None]
+            said = [fn(**more), None]
         except (ValueError, OSError) as e:
             said = [None, e]
     if dist.is_initialized():
@@ -68,8 +68,11 @@ def locked(folder: str | Path, wait: float = 10.0) -> Iterator[None]:
     held: list[Any] = []
 
     def take() -> None:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a+")                                      # closed below, or with the process
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a+")                                  # closed below, or with the process
+        except OSError as e:
+            raise OSError(f"--out {folder}: cannot be written ({e}); give a folder that can") from e
         deadline = time.monotonic() + wait
         while True:
             try:
@@ -113,8 +116,8 @@ class Stop:
         again, self.heard = self.heard, number
         if not self.armed or (again and number == signal.SIGINT):
             raise SystemExit(128 + number)
-        if is_main():
-            print(f"\n{signal.Signals(number).name}: saving after this step (once more: stop at once)", file=sys.stderr, flush=True)
+        if is_main() and not again:
+            print(f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C stops at once)", file=sys.stderr, flush=True)
 
     def agreed(self) -> int:
         """Costs a word a step, sent while the next step computes."""

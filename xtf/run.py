@@ -28,13 +28,17 @@ import msgspec
 import torch.distributed as dist
 
 from xtf import cli, hf, process, profile, tree
-from xtf.checkpoint import Checkpoints, Exporter
+from xtf.checkpoint import Checkpoints, Exporter, steps
 from xtf.log import Log
 from xtf.optim import guard
 from xtf.parallel.mesh import describe
 from xtf.state import TrainState
 
 PACKAGES = ("xtf", "torch", "transformers", "orbax-checkpoint", "safetensors", "numpy", "triton")
+
+
+class GaveUp(ValueError):
+    """Too many steps in a row were skipped."""
 
 
 class Run:
@@ -66,10 +70,18 @@ class Run:
         with self.held:
             self.held.enter_context(process.locked(self.out))
             finished, saved = process.on_main(lambda: (self._recorded()["finished"], self._saved()))
-            self.finished = self.flags.resume == "auto" and finished is not None and finished >= self.flags.steps
+            auto, want = self.flags.resume == "auto", self.flags.steps
+            self.finished = auto and finished is not None and finished >= want
             if self.finished:
-                cli.say(f"{self.out}: finished at step {finished}; nothing to do (--steps above that goes on)")
-            elif saved and self.flags.resume != "auto":
+                more = "a larger --steps goes on" if saved else "it kept no checkpoint to go on from: another --out begins anew"
+                cli.say(f"{self.out}: finished at step {finished}; nothing to do ({more})")
+            elif auto and finished is not None and not saved:
+                raise ValueError(f"--out {self.out}: finished at step {finished} and kept no checkpoint to go on from to --steps {want}; "
+                                 f"start from its model in another folder: --model {self.out}/hf --out ...")
+            elif auto and saved and saved[-1] > want:
+                raise ValueError(f"--steps {want}: {self.out}/checkpoints is at step {saved[-1]} already; ask for more steps, or move the "
+                                 "later checkpoints away")
+            elif not auto and saved:
                 raise ValueError(f"--out {self.out}: holds checkpoints of a run (steps {', '.join(map(str, saved))}); "
                                  "--resume auto goes on from the newest, another --out begins anew")
             self.stop = process.Stop()
@@ -80,7 +92,7 @@ class Run:
         if self.looks:
             return
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, GaveUp):               # all ranks are here; elsewhere one may be missing
                 self.stop.close()
                 for background in filter(None, (self._checkpoints, self._exporter)):
                     background.close()
@@ -106,6 +118,8 @@ class Run:
             cli.say(f"{folder}/{self.first}: going on after step {self.first} of {flags.steps}")
         process.on_main(lambda: self._record(loader, None if source is None else f"{source[0]}/{self.first}"))
         self.held.enter_context(self.profiled)
+        if source is not None and source[0] != self.out / "checkpoints":
+            process.on_main((self.out / "metrics.jsonl").unlink, missing_ok=True)        # rows of another run
         self.logged = self.held.enter_context(Log(flags, model, cfg, self.mesh, first=self.first))
         if flags.save_every:
             self._checkpoints = self._open(self.out / "checkpoints")
@@ -132,7 +146,7 @@ class Run:
         why, self._before = self._advice(self._before) if "in_a_row" in self._before else None, metrics
         self._done(f"step {i}")
         if why:
-            raise ValueError(f"step {i - 1}: {why}")
+            raise GaveUp(f"step {i - 1}: {why}")
 
     def evaluation(self, i: int, eval_loss: float) -> None:
         """Log the held-out loss after step `i`; retention by --keep-best goes by it."""
@@ -171,6 +185,8 @@ class Run:
         """Write OUT/hf, the model in the format and dtypes of --model, and mark the run as finished."""
         for background in filter(None, (self._checkpoints, self._exporter)):
             background.wait()
+        if "in_a_row" in self._before and (why := self._advice(self._before)):
+            raise GaveUp(f"step {self.flags.steps}: {why}")
         hf.save(self.out / "hf", params, self.names, like=self.flags.model)
         process.on_main(lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
         cli.say(f"{self.out}/hf: the model, as transformers loads it")
@@ -184,8 +200,13 @@ class Run:
         return Checkpoints(folder, keep=flags.keep, keep_every=flags.keep_every, best="eval_loss" if flags.keep_best else None)
 
     def _saved(self) -> list[int]:
+        """The checkpoints in OUT that are whole, rising; others are named and passed over."""
         folder = self.out / "checkpoints"
-        return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+        whole = steps(folder)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name.isdigit() and int(path.name) not in whole:
+                print(f"{path}: not a whole checkpoint, passed over; move it away", flush=True)
+        return whole
 
     def _source(self) -> tuple[Path, int] | None:
         """(folder, step) of the checkpoint that --resume asks for, if there is one."""
@@ -202,12 +223,16 @@ class Run:
     def _recorded(self) -> dict[str, Any]:
         file = self.out / "run.json"
         try:
-            return json.loads(file.read_text()) if file.exists() else {"runs": [], "finished": None}
-        except ValueError as e:
-            raise ValueError(f"{file}: broken ({e}); move it away, nothing depends on it but the record of earlier starts") from e
+            found = json.loads(file.read_text()) if file.exists() else {"runs": [], "finished": None}
+            if isinstance(found["finished"], int | None) and all(isinstance(run["flags"], dict) for run in found["runs"]):
+                return found
+            reason = "not a record of a run"
+        except (ValueError, TypeError, KeyError) as e:
+            reason = f"broken: {e!r}"
+        raise ValueError(f"{file}: {reason}; move it away. It says what made the run, and whether it is finished: checkpoints do not need it")
 
     def _record(self, loader: Any, resumed_from: str | None) -> None:
-        flags = msgspec.to_builtins(self.flags)
+        flags = json.loads(msgspec.json.encode(self.flags))
         record = self._recorded()
         before = record["runs"][-1]["flags"] if record["runs"] and resumed_from else flags
         changed = {k: (before.get(k), v) for k, v in flags.items() if before.get(k) != v and k != "resume"}

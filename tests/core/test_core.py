@@ -308,10 +308,9 @@ def test_one_process_casts_a_block_at_a_time():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_norms_of_large_leaves_are_exact(dtype):
-    """torch's own is off by 9e-5 here, and differently for every way to cut the leaf."""
+    """torch's own is off by 9e-5 here, and differently for every way to cut the leaf; ours has to be ten times as near."""
     leaf = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(1e-3).to(dtype)
     norms = leaf_norms([leaf, leaf[:7], leaf.view(2048, 2048).T])
     want = [x.double().norm() for x in (leaf, leaf[:7], leaf)]
-    assert max(abs(a / b - 1).item() for a, b in zip(norms, want, strict=True)) < 1e-6
-    if dtype is torch.float32:
-        assert abs(torch.linalg.vector_norm(leaf).item() / want[0].item() - 1) > 1e-5
+    ours = max(abs(a / b - 1).item() for a, b in zip(norms, want, strict=True))
+    assert ours < 0.1 * abs(torch.linalg.vector_norm(leaf.float()).item() / want[0].item() - 1) or (dtype is torch.float64 and ours < 1e-14)

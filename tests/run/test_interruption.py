@@ -1,6 +1,7 @@
 """Runs that signals, a full disk or a second start interrupt: the commands that users type, in real processes."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,6 @@ def test_a_new_run_does_not_write_over_checkpoints(files, tmp_path):  # noqa: F8
 
 
 def test_a_changed_tokenizer_is_named(files, tmp_path):  # noqa: F811
-    import shutil
     shutil.copytree(files / "qwen3", tmp_path / "model")
     args = [*argv(files, tmp_path / "out"), "--save-every", "2", "--resume", "auto",
             "--model", str(tmp_path / "model")]
@@ -121,3 +121,50 @@ def test_exports_on_the_way_are_what_transformers_loads(files, tmp_path):  # noq
     same = [load(folder) for folder in ("out/hf-10", "ten/hf-10", "ten/hf-20", "ten/hf")]
     near = lambda a, b: max(((a[k] - b[k]).abs().max() / b[k].abs().max()).item() for k in b)
     assert near(same[0], same[1]) < 1e-4 and near(same[2], same[3]) == 0 and near(same[1], same[3]) > 1e-3
+
+
+def test_what_resume_says_to_other_steps_and_broken_files(files, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "out"
+    go = lambda *more: train("qwen3_sft", [*argv(files, out), "--resume", "auto", *more])
+    go("--steps", "4")
+    with pytest.raises(ValueError, match=r"finished at step 4 and kept no checkpoint to go on from to --steps 6"):
+        go("--steps", "6")
+    out = tmp_path / "other"
+    go("--steps", "4", "--save-every", "2")
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": None}))
+    with pytest.raises(ValueError, match=r"--steps 3: .*checkpoints is at step 4 already"):
+        go("--steps", "3")
+    shutil.rmtree(out / "checkpoints" / "4" / "state")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('5\n{}\n[1]\n')
+    capsys.readouterr()
+    go("--steps", "5")
+    said = capsys.readouterr().out
+    assert "checkpoints/4: not a whole checkpoint, passed over" in said and "going on after step 2 of 5" in said
+    assert said.count("no row of a run, left out") == 3 and [r["step"] for r in rows(out) if "loss" in r] == [1, 2, 3, 4, 5]
+    assert "flags that changed: --steps 4 → 5, --save-every 2 → 0\n" in said
+    (out / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run.json: broken: KeyError.*move it away"):
+        go("--steps", "6")
+
+
+def test_a_fork_does_not_mix_its_rows_with_others(files, tmp_path):  # noqa: F811
+    train("qwen3_sft", [*argv(files, tmp_path / "a"), "--steps", "4", "--save-every", "2"])
+    train("qwen3_sft", [*argv(files, tmp_path / "b"), "--steps", "3"])
+    train("qwen3_sft", [*argv(files, tmp_path / "b"), "--steps", "4", "--resume", str(tmp_path / "a" / "checkpoints" / "2")])
+    assert [r["step"] for r in rows(tmp_path / "b") if "loss" in r] == [3, 4]
+
+
+def test_a_run_of_nothing_but_nan_gives_up_and_keeps_its_checkpoint(files, tmp_path):  # noqa: F811
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(files / "qwen3", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    for steps in ("5", "9"):                                             # the last step is the limit, and one in the middle
+        out = tmp_path / steps
+        with pytest.raises(ValueError, match=r"step 5: 5 steps in a row were skipped"):
+            train("qwen3_sft", [*argv(files, out), "--model", str(tmp_path / "model"), "--steps", steps, "--max-skipped", "5", "--save-every", "2"])
+        assert "4" in os.listdir(out / "checkpoints") and not (out / "hf").exists()
+        assert [(r["loss"], r["in_a_row"]) for r in rows(out) if "loss" in r][:5] == [(None, i) for i in range(1, 6)]

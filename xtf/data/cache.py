@@ -114,6 +114,9 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
         place.parent.mkdir(parents=True, exist_ok=True)
         file = open(place.with_suffix(".lock"), "a+")
     except OSError as e:
+        if place.exists():                                           # read-only, and made before
+            yield lambda text: None
+            return
         raise _unusable(place.parent, e) from e
 
     def note(text: str) -> None:
@@ -131,13 +134,13 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
                 file.seek(0)
                 if (doing := file.read()) != seen:
                     seen = doing
-                    say(f"waiting for another process ({doing})")
+                    say(f"waiting for another process{f' ({doing})' if doing else ''}")
                 time.sleep(0.1)
         yield note
 
 
 def _unusable(folder: Path, e: OSError) -> OSError:
-    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); make room, or give another folder")
+    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); give it room or the right to, or another folder")
 
 
 def _cores() -> int:

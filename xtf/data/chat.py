@@ -34,7 +34,7 @@ class BadLine(ValueError):
     """A line of a data file that cannot be trained on: `file`, `line` (from 1; of Parquet the row) and `reason`."""
 
     def __init__(self, file: str, line: int, reason: str):
-        super().__init__(f'{file}:{line}: {reason} (mend the line, or read with on_bad="skip")')
+        super().__init__(f'{file}:{line}: {reason} (mend the line, or skip such lines: --on-bad-line skip, on_bad="skip")')
         self.file, self.line, self.reason = file, line, reason
 
 

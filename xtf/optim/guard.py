@@ -57,8 +57,8 @@ class Guard:
         last = "" if "refused" not in seen else " The last of them had loss {:.6g} and gradient norm {:.6g}.".format(*seen["refused"].tolist())
         return (f"{row} steps in a row were skipped: their loss or gradient norm was not finite, or more than {self.sigma:g} standard deviations "
                 f"above those of the last {self.window} steps taken.{last} The parameters are those before them. Go on from an earlier checkpoint "
-                "with a lower learning rate or a longer warm-up; look at the batches of these steps; if the losses are NaN from the first step on, "
-                "look for an overflow in the model.")
+                "(--resume OUT/checkpoints/N with another --out) with a lower learning rate or a longer warm-up; look at the batches of these "
+                "steps; if the losses are NaN from the first step on, look for an overflow in the model.")
 
 
 def guard(window: int = 128, sigma: float = 6.0, patience: int = 10) -> Guard:
