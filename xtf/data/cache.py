@@ -140,7 +140,7 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
 
 
 def _unusable(folder: Path, e: OSError) -> OSError:
-    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); give it room or the right to, or another folder")
+    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); make room there, or give another folder (--cache)")
 
 
 def _cores() -> int:
