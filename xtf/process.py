@@ -38,8 +38,8 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
-def on_main(fn: Callable[..., Any], **more: Any) -> Any:
-    """`fn(**more)` on rank 0 alone; every rank gets its (picklable) result, or its ValueError or OSError.
+def on_main(fn: Callable[[], Any]) -> Any:
+    """`fn()` on rank 0 alone; every rank gets its (picklable) result, or its ValueError or OSError.
 
     >>> on_main(lambda: 3)
     3
@@ -47,7 +47,7 @@ def on_main(fn: Callable[..., Any], **more: Any) -> Any:
     said: list[Any] = [None, None]
     if is_main():
         try:
-            said = [fn(**more), None]
+            said = [fn(), None]
         except (ValueError, OSError) as e:
             said = [None, e]
     if dist.is_initialized():

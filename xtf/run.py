@@ -70,6 +70,7 @@ class Run:
         with self.held:
             self.held.enter_context(process.locked(self.out))
             finished, saved = process.on_main(lambda: (self._recorded()["finished"], self._saved()))
+            self.saved = saved
             auto, want = self.flags.resume == "auto", self.flags.steps
             self.finished = auto and finished is not None and finished >= want
             if self.finished:
@@ -119,7 +120,7 @@ class Run:
         process.on_main(lambda: self._record(loader, None if source is None else f"{source[0]}/{self.first}"))
         self.held.enter_context(self.profiled)
         if source is not None and source[0] != self.out / "checkpoints":
-            process.on_main((self.out / "metrics.jsonl").unlink, missing_ok=True)        # rows of another run
+            process.on_main(lambda: (self.out / "metrics.jsonl").unlink(missing_ok=True))        # rows of another run
         self.logged = self.held.enter_context(Log(flags, model, cfg, self.mesh, first=self.first))
         if flags.save_every:
             self._checkpoints = self._open(self.out / "checkpoints")
@@ -142,7 +143,8 @@ class Run:
 
         Raises ValueError with advice once --max-skipped steps in a row were skipped (seen one step late, so that nothing waits for the device).
         """
-        self.logged.step(i, metrics, self.loader.documents(i - 1), self.loader.sources(i - 1))
+        if self.logged.main:
+            self.logged.step(i, metrics, self.loader.documents(i - 1), self.loader.sources(i - 1))
         why, self._before = self._advice(self._before) if "in_a_row" in self._before else None, metrics
         self._done(f"step {i}")
         if why:
@@ -217,8 +219,7 @@ class Run:
             if not path.name.isdigit() or not path.is_dir():
                 raise ValueError(f"--resume {path}: neither `auto` nor a checkpoint's directory, like OUT/checkpoints/100")
             return path.parent, int(path.name)
-        saved = process.on_main(self._saved)
-        return (self.out / "checkpoints", saved[-1]) if saved else None
+        return (self.out / "checkpoints", self.saved[-1]) if self.saved else None
 
     def _recorded(self) -> dict[str, Any]:
         file = self.out / "run.json"
@@ -271,6 +272,3 @@ def git() -> dict[str, str] | None:
         return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD")[:1_000_000]}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-

@@ -208,3 +208,19 @@ def test_another_family_is_sent_to_its_recipe(files, tmp_path):
 def test_an_error_is_one_line_and_exit_status_1(files, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "recipes" / "qwen3_sft.py"), *argv(files, tmp_path, "llama")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --model") and "Traceback" not in done.stderr
+
+
+def test_pretraining_with_muon_and_all_that_flags_turn_on(files, tmp_path):
+    """Two weighted sources, 8-bit moments, muon, length grouping, a profile: on two ranks the curve of one."""
+    for name, rows_ in (("web", stdlib_qa.records()[0][:40]), ("code", stdlib_qa.records()[0][40:60])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": r["messages"][1]["content"]}) + "\n" for r in rows_))
+    args = [*argv(files, tmp_path / "one"), "--data", f"{tmp_path}/web.jsonl=0.75", f"{tmp_path}/code.jsonl=0.25", "--steps", "8", "--from-scratch",
+            "--optimizer", "muon", "--moments", "int8", "--group-by-length", "--decay", "0.5", "--profile", "3:4"]
+    train("qwen3_pretrain", args)
+    pool(2).run(train, "qwen3_pretrain", [*args, "--out", str(tmp_path / "two"), "--mesh", "dp=2"])
+    assert max(abs(a / b - 1) for a, b in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True)) < 1e-5
+    steps = [r for r in rows(tmp_path / "one") if "loss" in r]
+    mix = [[r[f"mix/{tmp_path}/{name}.jsonl"] for name in ("web", "code")] for r in steps]
+    assert [sum(m) for m in mix] == [r["tokens"] for r in steps] and all(map(sum, zip(*mix, strict=True)))
+    assert steps[-1]["lr"] < steps[2]["lr"]
+    assert {p.name for p in (tmp_path / "two" / "profile").iterdir()} >= {"trace-rank0.json.gz", "trace-rank1.json.gz"}

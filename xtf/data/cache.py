@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xtf import device
 from xtf.data.chat import Bad, BadLine, Encoder, Stats
 from xtf.data.dataset import CARRIES_LOSS, SPLITTABLE, Dataset, Store
 from xtf.data.read import Chunk, records, resolve, split_file
@@ -81,7 +82,7 @@ def tokenized(data: str | Sequence[str], encoder: Encoder, *, folder: str | Path
                 say(f"{place}: {e}; it is made anew")
                 shutil.rmtree(place)
         if store is None:
-            _build(place, paths, encoder, on_bad, workers or _cores(), tell, chunk_bytes)
+            _build(place, paths, encoder, on_bad, workers or device.processors(), tell, chunk_bytes)
             if _identity(paths) != identity:
                 shutil.rmtree(place)
                 raise ValueError(f"--data {title}: the files changed while they were read; start again when they are complete")
@@ -141,10 +142,6 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
 
 def _unusable(folder: Path, e: OSError) -> OSError:
     return OSError(f"{folder}: tokenised data cannot be kept there ({e}); make room there, or give another folder (--cache)")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- opening
