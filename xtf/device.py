@@ -6,6 +6,8 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +66,38 @@ def native_bf16() -> bool:
 def has_fused_adamw(where: torch.device) -> bool:
     """Whether torch's fused AdamW kernel runs on that device (torch-npu brings none)."""
     return where.type in ("cpu", "cuda")
+
+
+def host_copy(make: Callable[[], torch.Tensor], work: Any) -> Callable[[], torch.Tensor]:
+    """Start bringing `make()`, which needs what `work` brings, to the host; the function returned waits for it.
+
+    On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without waiting for what was
+    launched since. On CPU there is nothing to hide.
+    """
+    if device().type == "cpu":
+        def wait() -> torch.Tensor:
+            work.wait()
+            return make()
+        return wait
+    stream = _copy_stream()
+    stream.wait_stream(torch.accelerator.current_stream())
+    with stream:
+        work.wait()
+        source = make()
+        copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+        done = torch.Event(device().type)
+        done.record(stream)
+
+    def finished() -> torch.Tensor:
+        done.synchronize()
+        torch.accelerator.current_stream().wait_stream(stream)      # the counts themselves are used on the device, too
+        return copy
+    return finished
+
+
+@functools.cache
+def _copy_stream() -> torch.Stream:
+    return torch.Stream(device().type)
 
 
 def piece(where: torch.device) -> int:

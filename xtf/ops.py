@@ -41,6 +41,7 @@ class Ops:
     matrices(fn, leaves): `fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store it; the results in the
         leaves' placement (`xtf.parallel.matrices`). For optimizers that need a matrix as a whole.
     whole(leaf): the whole leaf as a plain tensor. collect(grads, leaves): finish a backward pass (`value_and_grad` alone calls it).
+    sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it; nothing waits for it.
     donate: whether the optimizer may overwrite the old state.
     """
     scan: Callable[..., tuple[Any, list]]
@@ -61,6 +62,7 @@ class Ops:
     matrices: Callable[[Callable, list], list]
     whole: Callable[[torch.Tensor], torch.Tensor]
     collect: Callable[[list, list], list]
+    sound: Callable[[torch.Tensor | None], torch.Tensor | None]
     donate: bool = False
 
 
@@ -191,4 +193,5 @@ LOCAL = Ops(
     matrices=local_matrices,
     whole=_same,
     collect=lambda grads, leaves: grads,
+    sound=_same,
 )

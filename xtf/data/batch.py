@@ -33,6 +33,7 @@ class Batch:
     input_ids [P,T] int64. labels [P,T] int64, already shifted: labels[t] is the token after t (0 where the document ends).
     loss_mask [P,T] float32, 0 at each document's last position. positions [P,T] int64, restarting in each document.
     segments [P,S+1] int32: cumulative document lengths from 0 to T, then T repeated.
+    lengths [P] int64: how many of a pack's positions are text; what follows is padding, which experts never see. By default all are.
 
     On a rank of a mesh with `sp` (`cut`), labels and loss_mask hold that rank's positions only.
     """
@@ -41,6 +42,12 @@ class Batch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     segments: torch.Tensor
+    lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self):
+        if self.lengths is None and isinstance(self.input_ids, torch.Tensor):
+            P, T = self.input_ids.shape
+            object.__setattr__(self, "lengths", torch.full((P,), T, device=self.input_ids.device))
 
 
 def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
@@ -68,6 +75,7 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
     shape = len(rows), seq_len
     input_ids, labels, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
     positions, segments = np.tile(np.arange(seq_len), (len(rows), 1)), np.full((len(rows), max_documents + 1), seq_len, np.int32)
+    lengths = np.zeros(len(rows), np.int64)
     for row, samples in enumerate(rows):
         start = 0
         for i, (ids, mask, *_) in enumerate(samples):
@@ -87,10 +95,11 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
             labels[row, start:end - 1] = ids[1:]
             loss_mask[row, start:end - 1] = mask[1:]
             start = end
+        lengths[row] = start
         if start < seq_len:                                          # padding is a document too
             segments[row, len(samples)] = start
             positions[row, start:] -= start
-    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments)))
+    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments, lengths)))
 
 
 def stack(packs: Sequence[Batch]) -> Batch:

@@ -43,7 +43,7 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
-        ok = known(extra)[1]
+        ok = known(extra, ops)[1]
         leaves = tree.zip_leaves(params, grads, state["m"], state["v"])
         decays = [True] * len(leaves) if mask is None else [mask(path, p) for path, p in tree.flatten_with_path(params)]
         rate = lr(state["step"]) if callable(lr) else lr

@@ -43,11 +43,11 @@ class Optimizer(NamedTuple):
     update: Update
 
 
-def known(extra: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(norm, ok) of an update's extras; raises TypeError for any other name."""
+def known(extra: dict[str, Any], ops: Ops) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(norm, ok) of an update's extras, `ok` False also where the layout was not up to the step; raises TypeError for any other name."""
     if extra.keys() - {"norm", "ok"}:
         raise TypeError(f"update: unknown extras {sorted(extra.keys() - {'norm', 'ok'})}; known are norm and ok")
-    return extra.get("norm"), extra.get("ok")
+    return extra.get("norm"), ops.sound(extra.get("ok"))
 
 
 def count(params: tree.Tree) -> torch.Tensor:
@@ -115,7 +115,7 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
         return {"norm": torch.zeros((), dtype=torch.float64, device=device)}
 
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
-        norm, ok = known(extra)
+        norm, ok = known(extra, ops)
         norm = (ops.norm(grads) if norm is None else norm).double()
         present = [local(g) for g in tree.leaves(grads) if g is not None]
         if present:

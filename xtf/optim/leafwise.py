@@ -63,7 +63,7 @@ def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
-        ok = known(extra)[1]
+        ok = known(extra, ops)[1]
         rate = lr(state["step"]) if callable(lr) else lr
         out: list[tuple] = []
         paths = tree.flatten_with_path(params)

@@ -49,7 +49,7 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
-        ok = known(extra)[1]
+        ok = known(extra, ops)[1]
         rate = lr(state["step"]) if callable(lr) else lr
         leaves = [(path, *rest) for (path, _), rest in zip(tree.flatten_with_path(params), tree.zip_leaves(params, grads, state["m"]), strict=True)]
         directions, moved = [], []

@@ -14,6 +14,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+from xtf.layout import Place
+
 
 def local(t: Any) -> Any:
     """A DTensor's part on this rank; anything else as it is."""
@@ -28,6 +30,14 @@ def like(t: torch.Tensor, stored: Any) -> torch.Tensor:
     if t.dtype != spec.tensor_meta.dtype:  # pyright: ignore
         spec = DTensorSpec(spec.mesh, spec.placements, spec.tensor_meta._replace(dtype=t.dtype))  # pyright: ignore
     return DTensor(t, spec, requires_grad=t.requires_grad)  # pyright: ignore
+
+
+def part_like(whole: torch.Tensor, stored: Any) -> torch.Tensor:
+    """This rank's part of `whole`, a tensor that all ranks have, placed as `stored` is."""
+    if not isinstance(stored, DTensor):
+        return whole
+    offset, size = Place(stored.device_mesh, stored.placements).box(tuple(whole.shape))
+    return like(whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].contiguous(), stored)
 
 
 class Sent(NamedTuple):
@@ -116,6 +126,22 @@ def sum_(x: torch.Tensor, group: Group) -> torch.Tensor:
     _note("all_reduce", group.pg, 2 * (group.size - 1) * _nbytes(x) // group.size)
     dist.all_reduce(x, group=group.pg)
     return x
+
+
+def max_(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The largest of each element over a group, in place, no gradient."""
+    _note("all_reduce", group.pg, 2 * (group.size - 1) * _nbytes(x) // group.size)
+    dist.all_reduce(x, dist.ReduceOp.MAX, group=group.pg)
+    return x
+
+
+def all_to_all_start(x: torch.Tensor, send: list[int], recv: list[int], group: Group) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Start sending `send[r]` rows of `x` to rank r, in their order; returns (what comes, the work to wait for, what must live until then)."""
+    x = x.contiguous()
+    out = x.new_empty(sum(recv), *x.shape[1:])
+    row = _nbytes(x) // len(x) if len(x) else 0
+    _note("all_to_all", group.pg, (len(x) - send[group.pg.rank()]) * row)
+    return out, dist.all_to_all_single(out, x, recv, send, group=group.pg, async_op=True), x
 
 
 def max_along(x: torch.Tensor, stored: Any, dim: int) -> torch.Tensor:
