@@ -99,12 +99,14 @@ def weigh(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Te
 # ---- the layer --------------------------------------------------------------------------------------------------------------------------
 
 def staged(stages: Callable[..., Generator]) -> Callable[..., Any]:
-    """A block whose stages may be interleaved with another's: called, it runs them one after the other; `.stages` is the generator function.
+    """A block whose stages may be interleaved with another's. Called, it runs them one after the other; `.stages` is the generator function.
+
+    It yields None wherever messages fly, and last its result (torch.compile knows nothing of what a generator returns).
 
     >>> @staged
     ... def block(x):
     ...     yield
-    ...     return x + 1
+    ...     yield x + 1
     >>> block(1)
     2
     """
@@ -116,29 +118,28 @@ def staged(stages: Callable[..., Generator]) -> Callable[..., Any]:
 
 
 def interleave(*running: Generator) -> list[Any]:
-    """Run generators in turns, each to its next yield; returns what they return."""
+    """Run generators in turns, each to its next yield; returns what each yielded last."""
     results: list[Any] = [None] * len(running)
     live = list(range(len(running)))
     while live:
         for i in tuple(live):
             try:
-                next(running[i])
-            except StopIteration as stop:
-                results[i] = stop.value
+                results[i] = next(running[i])
+            except StopIteration:
                 live.remove(i)
     return results
 
 
-def layer(p: dict, x_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int, router: Router, ops: Ops, *,
+def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int, router: Router, ops: Ops, *, onto: torch.Tensor,
           experts: Callable[[dict, Any, Ops], torch.Tensor], shared: Callable[[], torch.Tensor] | None = None,
-          routes: torch.Tensor | None = None) -> Generator[None, None, tuple[torch.Tensor, dict]]:
-    """The experts' sum for each token, [P, t, D], and what the router did (one layer of `Routing`, by field, packs in front).
+          routes: torch.Tensor | None = None) -> Generator[Any, None, None]:
+    """Yields last: (onto + the experts' sum for each token, [P, t, D]; what the router did: one layer of `Routing`, by field, packs in front).
 
     `p` has "router", "experts" and, where the choice is corrected, "correction". `documents_Pt` as `documents` gives it: padding goes to nobody
     and is not counted. `experts(p["experts"], rows, ops)` -> [N, D], each row already times `rows.weights_N`. `shared()` [P, t, D] is added,
     and computed while the rows fly. `routes` [P, t, K] replays a recorded choice.
     """
-    x_TD, documents_T = x_PtD.flatten(0, 1), documents_Pt.flatten()
+    x_TD, documents_T = h_PtD.flatten(0, 1), documents_Pt.flatten()
     logits_TE, scores_TE = score(p["router"], x_TD, router, ops)
     if routes is None:
         bias_E = p["correction"]["bias"] if "correction" in p else None
@@ -156,8 +157,8 @@ def layer(p: dict, x_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_document
     routed = statistics(logits_TE, scores_TE, experts_TK, documents_Pt, num_documents, rows.dropped)
     flight = ops.combine(experts(p["experts"], rows, ops), rows)
     yield
-    out_PtD = ops.home(flight).view_as(x_PtD)
-    return out_PtD if y_PtD is None else out_PtD + y_PtD, routed
+    onto = onto if y_PtD is None else onto + y_PtD
+    yield onto + ops.home(flight).view_as(onto), routed
 
 
 def swiglu_experts(p: dict, rows: Any, ops: Ops) -> torch.Tensor:

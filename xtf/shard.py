@@ -53,7 +53,7 @@ class Transform:
     wrap(ops, env) -> ops; specs(specs) -> specs; claim(param) -> {mesh axis: tensor dim} that it computes over;
     store: mesh axes it stores leaves over; tokens: mesh axes along which it divides positions; partial(param) -> mesh axes along
     which a whole leaf still sees different work; cast(leaf) -> the dtype it computes in, or None; step(run) -> run wraps the step.
-    `shard` applies transforms by ascending stage: 0 precision, 10 storage, 20 sequence, 30 weights, 40 remat, 50 jit.
+    `shard` applies transforms by ascending stage: 0 precision, 10 storage, 20 sequence, 25 experts, 30 weights, 40 remat, 50 jit, 60 overlap.
     """
     name: str
     stage: int

@@ -298,5 +298,6 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         y_PD, message, rows = flight
         return Home.apply(Wait.apply(y_PD, message), rows.src_P, rows.where_TK)  # pyright: ignore[reportReturnType]
 
-    return replace(ops, plan=plan, dispatch=dispatch, arrive=arrive, combine=combine, home=home,
+    moves = {"plan": plan, "dispatch": dispatch, "arrive": arrive, "combine": combine, "home": home}
+    return replace(ops, **{name: torch.compiler.disable(move) for name, move in moves.items()},            # sizes that depend on values
                    sound=bounds.sound if strategy.rows is not None else ops.sound)

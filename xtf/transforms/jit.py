@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from xtf import tree
+from xtf.kernels import experts
 from xtf.ops import Ops
 from xtf.parallel.collectives import local
 from xtf.shard import Env, Transform
@@ -14,7 +15,7 @@ from xtf.state import TrainState
 
 
 def jit(compile: bool = True, donate: bool = True) -> Transform:
-    """Compile the blocks that `scan` runs (fullgraph, static shapes), and donate the state.
+    """Compile the blocks that `scan` runs (fullgraph, static shapes; in pieces where tokens fly to other ranks' experts), and donate the state.
 
     Blocks are compiled once for each function (a `functools.partial` by its parts), so define them outside of the step.
     Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed in is
@@ -34,7 +35,7 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
             except TypeError as e:
                 raise TypeError(f"jit: the block's arguments must be hashable ({e}); pass tensors to scan as shared arguments") from None
             if not known:
-                compiled[key] = torch.compile(block, fullgraph=True, dynamic=False)
+                compiled[key] = torch.compile(block, fullgraph=ops.plan is experts.plan, dynamic=False)
             return ops.scan(compiled[key], *args, **kwargs)
 
         return replace(ops, scan=scan if compile else ops.scan, donate=donate)

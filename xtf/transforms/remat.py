@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xtf.ops import Ops
@@ -16,7 +17,8 @@ from xtf.shard import Env, Transform
 def remat(*keep: str) -> Transform:
     """Keep only each block's inputs and recompute the block in backward; `keep` names calls (`"attn_out"`) whose results stay.
 
-    Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing.
+    Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing. What is labelled "routes" (the choice
+    of experts and the exchange of counts: integers) is always kept, so that a token cannot choose otherwise the second time.
 
     Source: Chen et al., arXiv 1604.06174.
 
@@ -29,7 +31,20 @@ def remat(*keep: str) -> Transform:
         def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             return CheckpointPolicy.MUST_SAVE if inside else CheckpointPolicy.PREFER_RECOMPUTE
 
+        running: list[Any] = []                                            # of each block that runs: the list it fills, or reads again
+
+        def kept(fn: Callable, *args: Any) -> Any:
+            if not running or torch.compiler.is_compiling():
+                return fn(*args)
+            if isinstance(running[-1], list):
+                running[-1].append(fn(*args))
+                return running[-1][-1]
+            return next(running[-1])
+
         def name(fn: Callable, label: str) -> Callable:
+            if label == "routes":
+                return partial(kept, ops.name(fn, label))
+
             def run(*args: Any, **kwargs: Any) -> Any:
                 inside.append(True)
                 try:
@@ -39,7 +54,20 @@ def remat(*keep: str) -> Transform:
             return run if label in keep else ops.name(fn, label)
 
         contexts = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if keep else {}
-        around = lambda fn: partial(checkpoint, fn, use_reentrant=False, preserve_rng_state=False, **contexts)
-        return replace(ops, scan=partial(ops.scan, around=around), name=name if keep else ops.name)
+
+        def around(fn: Callable) -> Callable:
+            routes: list[Any] = []
+            again: list[bool] = []
+
+            def run(*args: Any) -> Any:
+                running.append(iter(routes) if again else routes)
+                again.append(True)
+                try:
+                    return fn(*args)
+                finally:
+                    running.pop()
+            return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+        return replace(ops, scan=partial(ops.scan, around=around), name=name)
 
     return Transform("remat", 40, wrap)
