@@ -18,6 +18,7 @@ from xtf import tree
 from xtf.data.batch import Batch, cut
 from xtf.layout import AXES, PACK_AXES
 from xtf.ops import Ops
+from xtf.parallel.ep import ep, exact, static
 from xtf.parallel.fsdp import fsdp
 from xtf.parallel.mesh import mesh as make_mesh
 from xtf.parallel.ulysses import ulysses
@@ -25,19 +26,23 @@ from xtf.shard import Env, Transform, shard
 from xtf.spec import init
 from xtf.state import TrainState
 from xtf.testing.pool import pool
-from xtf.transforms import jit, remat
+from xtf.transforms import jit, overlap, remat
 
 
 @dataclass(frozen=True)
 class Layout:
     """A mesh and the transforms on it, as plain values, so that a failing one prints as what to type.
 
-    `store` are fsdp's axes (empty: no fsdp); `remat` is None, or the labels kept (empty: whole blocks recomputed); `extra` are
-    functions that return further transforms; `reverse` passes all transforms in the opposite order.
+    `store` are fsdp's axes (empty: no fsdp); `experts` is ep's axis (empty: no ep) and `bounds` its static (rows, pairs), None for exact
+    sizes; `remat` is None, or the labels kept (empty: whole blocks recomputed); `extra` are functions that return further transforms;
+    `reverse` passes all transforms in the opposite order.
     """
     mesh: tuple[tuple[str, int], ...] = ()
     store: tuple[str, ...] = ()
     reshard: bool = True
+    experts: str = ""
+    bounds: tuple[int, int] | None = None
+    overlap: bool = False
     remat: tuple[str, ...] | None = None
     compile: bool = False
     donate: bool = False
@@ -64,6 +69,10 @@ class Layout:
             out.append(fsdp(*self.store, reshard=self.reshard))
         if self.sizes.get("sp", 1) > 1:
             out.append(ulysses("sp"))
+        if self.experts:
+            out.append(ep(self.experts, exact() if self.bounds is None else static(*self.bounds)))
+        if self.overlap:
+            out.append(overlap())
         if self.remat is not None:
             out.append(remat(*self.remat))
         if self.compile or self.donate:
@@ -72,10 +81,11 @@ class Layout:
 
 
 def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str] = ("attn_out",), compile: bool = False,
-            max_sp: int = 4) -> st.SearchStrategy[Layout]:
+            max_sp: int = 4, experts: int = 0) -> st.SearchStrategy[Layout]:
     """Meshes over `axes` with at most `max_ranks` ranks (a power of two), any storage axes, remat and order of transforms.
 
-    `max_sp` bounds `sp`, which has to divide the model's query heads. Shrinks towards one process.
+    `max_sp` bounds `sp`, which has to divide the model's query heads. `experts` is how many experts a layer of the model has: they may live
+    on any axis that divides them, with exact sizes or ample static ones, and the halves of a micro-batch may overlap. Shrinks towards one process.
     """
     @st.composite
     def draw(d: Any) -> Layout:
@@ -86,44 +96,54 @@ def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str
             sizes[axis] *= 2
         used = [a for a in axes if sizes[a] > 1]
         store = tuple(a for a in used if a != "replicate" and d(st.booleans()))
+        axis = d(st.sampled_from(["", *(a for a in used if experts % sizes[a] == 0)])) if experts else ""
         return Layout(tuple((a, sizes[a]) for a in used), store, reshard=not (store and d(st.booleans())),
+                      experts=axis, bounds=d(st.sampled_from([None, AMPLE])) if axis else None, overlap=bool(experts) and d(st.booleans()),
                       remat=d(st.sampled_from([None, (), *((label,) for label in labels)])),
                       compile=compile and d(st.booleans()), donate=d(st.booleans()), reverse=d(st.booleans()))
     return draw()
 
 
 UP_TO_FOUR = layouts(4)
+AMPLE = 256, 2048                                     # more rows and pairs than a batch of `token_batches` can make
 
 
-def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8) -> Callable[[Layout], st.SearchStrategy[Batch]]:
-    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks.
+def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
+                  multiple: int = 1) -> Callable[[Layout], st.SearchStrategy[Batch]]:
+    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks, some padding.
 
-    Packs are at most `max_packs` for each rank that holds other packs, their length at most `max_len` times `sp`.
+    Packs are at most `max_packs` × `multiple` (for micro-batches; twice that where halves overlap) for each rank that holds other packs, their
+    length at most `max_len` times `sp`.
     """
     def strategy(layout: Layout) -> st.SearchStrategy[Batch]:
         @st.composite
         def draw(d: Any) -> Batch:
-            P = layout.pack_ranks * d(st.integers(1, max_packs))
+            P = layout.pack_ranks * multiple * (1 + layout.overlap) * d(st.integers(1, max_packs))
             T = layout.sizes.get("sp", 1) * d(st.integers(1, max_len))
             ends = [sorted({T, *d(st.lists(st.integers(1, T), max_size=3))}) for _ in range(P)]
             g = torch.Generator().manual_seed(d(st.integers(0, 2 ** 16)))
             segments = torch.tensor([[0, *e, *[T] * (4 - len(e))] for e in ends], dtype=torch.int32)
             position = torch.arange(T).expand(P, T)
             start = torch.stack([torch.tensor([0, *e])[torch.searchsorted(torch.tensor(e), torch.arange(T), right=True)] for e in ends])
+            lengths = torch.tensor([e[-2] if len(e) > 1 and d(st.booleans()) else T for e in ends])              # the last may be padding
             return Batch(input_ids=torch.randint(vocab_size, (P, T), generator=g), labels=torch.randint(vocab_size, (P, T), generator=g),
-                         loss_mask=(torch.rand(P, T, generator=g) < 0.8).float(), positions=position - start, segments=segments)
+                         loss_mask=((torch.rand(P, T, generator=g) < 0.8) & (position < lengths[:, None])).float(), positions=position - start,
+                         segments=segments, lengths=lengths)
         return draw()
     return strategy
 
 
 @dataclass
 class Equivalence:
-    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and where."""
+    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and where. `metric` is that of
+    all that the step reports beside the loss."""
     loss: float
     grad: float
     grad_leaf: str
     param: float
     param_leaf: str
+    metric: float = 0.0
+    metric_name: str = ""
 
 
 def spy(seen: list) -> Transform:
@@ -144,7 +164,7 @@ shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))   
 
 def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int,
                extra: tree.Tree = None) -> tuple | None:
-    """On every rank: the first step's gradients and loss, and the parameters after `steps` steps, whole, on rank 0."""
+    """On every rank: the first step's gradients and metrics, and the parameters after `steps` steps, whole, on rank 0."""
     m = shared_mesh(layout.mesh)
     seen: list = []
     run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
@@ -155,7 +175,7 @@ def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch
         if first is None:
             dressed = seen[0] if m is None else [None if g is None else place.from_local(g, p.shape) for g, p, place in
                                                  zip(seen[0], tree.leaves(run.specs), tree.leaves(run.layout), strict=True)]
-            first = [None if g is None else whole(g) for g in dressed], whole(metrics["loss"])
+            first = [None if g is None else whole(g) for g in dressed], tree.tree_map(whole, metrics)
         seen.clear()
     final = [whole(p) for p in tree.leaves(state.params)]
     return (*first, final) if m is None or m.get_rank() == 0 else None  # pyright: ignore
@@ -173,17 +193,17 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
     adapters = [f() for f in layout.extra if f().stage == 30]                       # they change the function: both have them
     base = shard(reference or step, spy(one), *adapters, specs=specs)
     params = init(base.specs, seed)
-    state, grads, loss = TrainState.create(params, opt.init(params), _fresh(extra), seed), None, None
+    state, grads, said = TrainState.create(params, opt.init(params), _fresh(extra), seed), None, {}
     for _ in range(steps):
         state, metrics = base(state, batch)
         if grads is None:
-            grads, loss = one[0], metrics["loss"].detach()
+            grads, said = one[0], tree.tree_map(whole, metrics)
         one.clear()
     if layout.num_ranks == 1:
         got = run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps, extra)
     else:
         got = pool(layout.num_ranks).run(run_layout, step, specs, opt, layout, batch, seed, steps, extra)[0]
-    assert got is not None and grads is not None and loss is not None
+    assert got is not None and grads is not None
     paths = [path for path, _ in tree.flatten_with_path(base.specs)]
 
     def worst(ours: list, theirs: list) -> tuple[float, str]:
@@ -193,7 +213,8 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
         return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)), default=(0.0, ""))
 
     grad, param = worst(grads, got[0]), worst([p.detach() for p in tree.leaves(state.params)], got[2])
-    return Equivalence(_deviation(loss, got[1]), *grad, *param)
+    metric = max(((_deviation(x, got[1][name], 1e-3), name) for name, x in said.items() if name != "loss"), default=(0.0, ""))
+    return Equivalence(_deviation(said["loss"], got[1]["loss"]), *grad, *param, *metric)
 
 
 def _fresh(extra: tree.Tree) -> tree.Tree:
@@ -207,6 +228,7 @@ def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: fl
         return math.inf
     if not ours.numel():
         return 0.0
+    ours, theirs = (x if x.is_floating_point() else x.double() for x in (ours, theirs))
     return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(max(floor, torch.finfo(ours.dtype).tiny))).item()
 
 
@@ -221,9 +243,9 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     step that one process runs, where it is another one (whole batches against micro-batches). `extra` is what `TrainState.extra` holds before
     the first step.
 
-    The loss and all gradients must agree to `tolerance`, relative to each leaf's largest value (at least a thousandth of the
-    tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer
-    terms), and parameters to 1000 times that, since AdamW divides by sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
+    The loss, all gradients and whatever scalars the step reports must agree to `tolerance`, relative to each leaf's largest value (at least a
+    thousandth of the tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters
+    to 1000 times that, since AdamW divides by sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
 
     Raises AssertionError that names the layout, the leaf and the deviation, shrunk to the smallest mesh and batch.
     """
@@ -245,6 +267,7 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
         where = f"on {layout}, batch of {', '.join(f'{k} {tuple(v.shape)}' for k, v in tree.flatten_with_path(batch))}"
         assert e.grad <= bound, f"gradient of {e.grad_leaf} differs by {e.grad:.2e} of its largest (bound {bound:.1e}) {where}"
         assert e.loss <= bound, f"loss differs by {e.loss:.2e} (bound {bound:.1e}) {where}"
+        assert e.metric <= bound, f"metric {e.metric_name} differs by {e.metric:.2e} (bound {bound:.1e}) {where}"
         assert e.param <= 1000 * bound, f"parameter {e.param_leaf} differs by {e.param:.2e} after {steps} steps (bound {1000 * bound:.1e}) {where}"
 
     check()
