@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer
 
 import xtf
-from xtf import cli, hf, layout, models
+from xtf import cli, layout, models
 from xtf.data import eval_batches
 from xtf.optim import adamw, chain, clip_by_global_norm, guard, hidden_matrix, muon, partition, schedules
 from xtf.run import Run
@@ -69,14 +68,14 @@ def train(flags: Flags, run: Run) -> None:
         return cli.say(layout.table(step.specs, step.layout))
     evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=run.mesh, specs=model.specs(cfg))
 
-    tokenizer = AutoTokenizer.from_pretrained(flags.model)
+    tokenizer = cli.tokenizer(flags)
     loader, held_out = cli.data(flags, tokenizer, cfg.vocab_size)
     if flags.show_batch:
         return cli.show(loader.step(0), tokenizer)
     if flags.from_scratch or not any(Path(flags.model).glob("*.safetensors")):
         params = cli.on_device(xtf.init(step.specs, flags.seed, step.layout))
     else:
-        params = cli.on_device(hf.load(flags.model, step.specs, model.names(cfg), step.layout))
+        params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), watch.init(), flags.seed)
     state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
 

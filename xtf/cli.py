@@ -2,7 +2,7 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -10,15 +10,18 @@ import torch
 import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf import device, tree
+from xtf import device, hf, tree
 from xtf.data import Batch, Encoder, Loader, open_data
 from xtf.data.read import model_path
 from xtf.data.sources import CACHE
+from xtf.data.tokenizer import load as load_tokenizer
 from xtf.layout import PACK_AXES, parse_mesh
-from xtf.parallel import fsdp, mesh, ulysses
+from xtf.parallel import Overflow, ep, exact, fsdp, mesh, static, ulysses
 from xtf.parallel.mesh import is_main
 from xtf.shard import Transform
-from xtf.transforms import bf16, jit, remat
+from xtf.spec import init
+from xtf.transforms import bf16, jit, lora, overlap, remat
+from xtf.transforms.lora import adapters, base, join
 
 
 class Flags(msgspec.Struct, kw_only=True, frozen=True):
@@ -58,6 +61,10 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is named)."""
     remat: bool = False
     """Recompute each block in backward."""
+    lora: int = 0
+    """Freeze the model and train adapters of this rank beside its products; with bf16 the frozen matrices are stored in bf16."""
+    trust_remote_code: bool = False
+    """Run the tokenizer code that the model's directory brings (Kimi K2 has such)."""
     compile: bool = msgspec.field(default_factory=lambda: device.device().type != "cpu")
     """Compile each block."""
     resume: str | None = None
@@ -94,6 +101,24 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """CPU threads a rank; 0 divides the machine's."""
 
 
+class ExpertFlags(Flags, kw_only=True, frozen=True):
+    """Flags of recipes for models with experts: those of fine-tuning, and these."""
+    balance: float | None = None
+    """What the balancing loss is multiplied by; by default the config's router_aux_loss_coef."""
+    balance_over: Literal["document", "batch", "pack"] = "document"
+    """Experts are to be used evenly within each document, over the whole batch (by the step before), or within each pack."""
+    z_loss: float = 0.0
+    """What the routers' z-loss is multiplied by."""
+    experts_on: Literal["ep", "sp", "dp"] = "ep"
+    """The mesh axis that experts are divided over."""
+    expert_rows: int = 0
+    """Room for so many rows a pair of ranks, and --expert-pairs pairs a rank, instead of exactly those that are needed (0): the host waits for
+    nothing, and a step that needs more stops the run, its update withheld."""
+    expert_pairs: int = 0
+    overlap: bool = False
+    """Micro-batches of two packs, the messages of one under the compute of the other."""
+
+
 F = TypeVar("F", bound=Flags)
 
 
@@ -119,6 +144,10 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
         flags = msgspec.structs.replace(flags, model=str(model_path(flags.model)))
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from e
+    if flags.lora < 0:
+        raise SystemExit(f"--lora {flags.lora}: a rank is positive; 0 trains everything")
+    if isinstance(flags, ExpertFlags) and min(flags.expert_rows, flags.expert_pairs) < 1 <= max(flags.expert_rows, flags.expert_pairs):
+        raise SystemExit(f"--expert-rows {flags.expert_rows} --expert-pairs {flags.expert_pairs}: give both, or neither")
     if flags.keep_best and not (flags.eval_data or flags.eval_fraction):
         raise SystemExit("--keep-best: needs a held-out loss to go by; give --eval-data or --eval-fraction")
     return flags
@@ -139,6 +168,8 @@ def start(flags: Flags) -> DeviceMesh | None:
     if packs % ranks:
         raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which do not divide "
                          f"over the {ranks} ranks of replicate × dp × ep; change one of them")
+    if packs // ranks % micro_packs(flags):
+        raise ValueError(f"--overlap: a rank has {packs // ranks} packs a step, an odd number; change --batch-tokens or --mesh")
     return made
 
 
@@ -149,7 +180,41 @@ def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
         out.append(bf16())
     if flags.remat:
         out.append(remat())
+    if flags.lora:
+        out.append(adapter(flags))
+    if isinstance(flags, ExpertFlags):
+        bounded = training and flags.expert_rows
+        out.append(ep(flags.experts_on, static(flags.expert_rows, flags.expert_pairs) if bounded else exact()))
+    if training and micro_packs(flags) == 2:
+        out.append(overlap())
     return tuple(out)
+
+
+def micro_packs(flags: Flags) -> int:
+    """Packs of a micro-batch: two where their messages and compute overlap."""
+    return 2 if isinstance(flags, ExpertFlags) and flags.overlap else 1
+
+
+def adapter(flags: Flags) -> Any:
+    """The transform that --lora asks for."""
+    return lora(flags.lora, base_dtype=torch.bfloat16 if flags.dtype == "bf16" else None)
+
+
+def load(flags: Flags, step: Any, names: Mapping[str, str]) -> tree.Tree:
+    """The parameters of a sharded step: the weights of --model, and with --lora adapters as they are drawn.
+
+    Raises ValueError or OSError naming what is wrong with the files.
+    """
+    layout = step.layout
+    params = on_device(hf.load(flags.model, base(step.specs), names, None if layout is None else base(layout)))
+    if not flags.lora:
+        return params
+    return join(params, on_device(init(adapters(step.specs), flags.seed, None if layout is None else adapters(layout))))
+
+
+def tokenizer(flags: Flags) -> Any:
+    """The tokenizer of --model; one that is code of its own needs --trust-remote-code."""
+    return load_tokenizer(flags.model, flags.trust_remote_code)
 
 
 def data(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[Loader, Any]:
@@ -185,7 +250,7 @@ def run(main: Callable[[], None]) -> None:
     code = 0
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, Overflow) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 1
     except SystemExit as e:                                          # a signal's, once all is saved; or flags that are wrong

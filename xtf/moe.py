@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from xtf import tree
+from xtf import device, tree
 from xtf.kernels import at_least_float32
 from xtf.kernels.swiglu import weighted_swiglu
 from xtf.ops import LOCAL, Ops
@@ -261,6 +261,18 @@ def sums(routing: Routing) -> dict[str, torch.Tensor]:
     """What to return beside the share, so that `value_and_grad` adds it over micro-batches and ranks: counts [L, E] and scalars by layer [L]."""
     return {"counts": routing.counts_LPSE.detach().sum((1, 2)), "z": routing.z_LP.detach().sum(1), "entropy": routing.entropy_LP.sum(1),
             "tokens": routing.tokens_P.sum(), "dropped": routing.dropped_LP.sum()}
+
+
+def no_counts(specs: tree.Tree) -> torch.Tensor:
+    """Counts of no step yet, float32 zeros [L, E] on the device: what `TrainState.extra` begins with for `balance(over="batch")`.
+
+    >>> from xtf.spec import Param
+    >>> router = {"router": {"weight": Param((4, 8), torch.float32, ("router", "embed"))}}
+    >>> no_counts({"layers": [{}, router, router]}).shape
+    torch.Size([2, 4])
+    """
+    experts = [p.shape[0] for path, p in tree.flatten_with_path(specs) if path.endswith("router.weight")]
+    return torch.zeros(len(experts), experts[0], device=device.device())
 
 
 def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

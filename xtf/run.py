@@ -31,6 +31,7 @@ from xtf import cli, hf, process, profile, tree
 from xtf.checkpoint import Checkpoints, Exporter, steps
 from xtf.log import Log
 from xtf.optim import guard
+from xtf.parallel import Overflow
 from xtf.parallel.mesh import describe
 from xtf.state import TrainState
 
@@ -93,7 +94,7 @@ class Run:
         if self.looks:
             return
         try:
-            if kind is None or issubclass(kind, GaveUp):               # all ranks are here; elsewhere one may be missing
+            if kind is None or issubclass(kind, GaveUp | Overflow):               # all ranks are here; elsewhere one may be missing
                 self.stop.close()
                 for background in filter(None, (self._checkpoints, self._exporter)):
                     background.close()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from xtf import device
 from xtf.kernels.experts import collect, spread
@@ -27,14 +28,16 @@ from xtf.shard import Env, Transform
 
 
 class Plan(NamedTuple):
-    """Who goes where. `there_TR`: whether token t has an expert on rank r. `theirs_RX`: what each rank announced, [R, 1 + e] int64: how many rows it
-    sends here, and how many pairs they make for each expert; on its way to the host in `copy`. `mine_R`: rows that go to each."""
+    """Who goes where. `there_TR`: whether token t has an expert on rank r. `mine_R`: rows that go to each. `theirs_RX`: what each rank announced,
+    int64: how many rows it sends here, how many pairs they make for each expert (and, under bounds, how many it would have sent without
+    them); on its way to the host in `copy`. `e`: experts a rank."""
     experts_TK: torch.Tensor
     there_TR: torch.Tensor
     mine_R: torch.Tensor
     theirs_RX: torch.Tensor
     copy: Callable[[], torch.Tensor]
     dropped: torch.Tensor
+    e: int
 
 
 class Rows(NamedTuple):
@@ -218,6 +221,12 @@ class Home(torch.autograd.Function):
         return spread(g_TD, *ctx.index), None, None
 
 
+def count(experts_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many pairs each expert gets, [E] int64; -1 is nobody."""
+    at = torch.where(experts_TK >= 0, experts_TK, num_experts).flatten()
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=at.device).index_add_(0, at, torch.ones_like(at))[:-1]
+
+
 def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> Ops:
     if axis not in AXES and axis not in M.axes(env.mesh):
         raise ValueError(f"ep: the mesh is {M.describe(env.mesh)} and has no axis {axis!r}; known axes are {', '.join(AXES)}")
@@ -233,24 +242,26 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         rank_TK = torch.where(experts_TK >= 0, experts_TK // e, R)
         there_TR = torch.zeros(T, R + 1, dtype=torch.bool, device=experts_TK.device).scatter_(1, rank_TK, True)[:, :R]
         dropped = torch.zeros((), dtype=torch.int64, device=experts_TK.device)
+        pairs_E = count(experts_TK, num_experts)
+        wanted_R = pairs_E.view(R, e).sum(1)
         if strategy.rows is not None:
             bounds.needed.append(torch.stack([there_TR.sum(0).max(), dropped]))
             fits_TR = there_TR.long().cumsum(0) <= strategy.rows
-            fits_TK = torch.nn.functional.pad(fits_TR, (0, 1), value=True).gather(1, rank_TK)
+            fits_TK = F.pad(fits_TR, (0, 1), value=True).gather(1, rank_TK)
             dropped = (~fits_TK).sum()
             experts_TK, there_TR = experts_TK.masked_fill(~fits_TK, -1), there_TR & fits_TR
-        pairs = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts_TK.device).index_add_(
-            0, torch.where(experts_TK >= 0, experts_TK, num_experts).flatten(), torch.ones_like(experts_TK).flatten())[:-1]
+            pairs_E = count(experts_TK, num_experts)
         mine_R = there_TR.sum(0)
-        theirs_RX, work, _ = C.all_to_all_start(torch.cat([mine_R[:, None], pairs.view(R, e)], 1), [1] * R, [1] * R, group)
+        announced = [mine_R[:, None], pairs_E.view(R, e), *([] if strategy.rows is None else [wanted_R[:, None]])]
+        theirs_RX, work, _ = C.all_to_all_start(torch.cat(announced, 1), [1] * R, [1] * R, group)
         if strategy.rows is not None:
             work.wait()
-            return Plan(experts_TK, there_TR, mine_R, theirs_RX, lambda: theirs_RX, dropped)
+            return Plan(experts_TK, there_TR, mine_R, theirs_RX, lambda: theirs_RX, dropped, e)
         copy = device.host_copy(lambda: torch.cat([mine_R[:, None], theirs_RX], 1), work)
-        return Plan(experts_TK, there_TR, mine_R, theirs_RX, copy, dropped)
+        return Plan(experts_TK, there_TR, mine_R, theirs_RX, copy, dropped, e)
 
     def dispatch(x_TD: torch.Tensor, weights_TK: torch.Tensor, plan: Plan) -> Any:
-        (T, K), e, where = plan.experts_TK.shape, plan.theirs_RX.shape[1] - 1, x_TD.device
+        (T, K), e, where = plan.experts_TK.shape, plan.e, x_TD.device
         send, recv, pairs = strategy.sizes(plan)
         P = sum(send)
         # where each rank's rows begin among those that leave, and each token's among its rank's
@@ -261,7 +272,7 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         src_P = torch.full((P + 1,), T, device=where).scatter_(0, at_TR.flatten(), torch.where(plan.there_TR, token_TR, T).flatten())[:P]
         rank_P = torch.zeros(P + 1, dtype=torch.int64, device=where).scatter_(0, at_TR.flatten(), rank_TR.flatten())[:P]
         where_TK = at_TR.sort(1).values[:, :min(R, K)]
-        ids_PK = torch.nn.functional.pad(plan.experts_TK, (0, 0, 0, 1), value=-1)[src_P] - rank_P[:, None] * e
+        ids_PK = F.pad(plan.experts_TK, (0, 0, 0, 1), value=-1)[src_P] - rank_P[:, None] * e
         here_PK = (ids_PK >= 0) & (ids_PK < e)
         ids_PK = torch.where(here_PK, ids_PK, e).to(torch.int32)
         messages = [Message(group, send, recv) for _ in range(3)]
@@ -272,16 +283,15 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         plan, src_P, where_TK, N, parts = flight
         ids_QK, x_QD, weights_QK = (Wait.apply(x, message) for x, message in parts)
         Q, K = ids_QK.shape
-        total_E = plan.theirs_RX[:, 1:].sum(0)
-        ends_E = total_E.cumsum(0)
+        ends_E = plan.theirs_RX[:, 1:1 + plan.e].sum(0).cumsum(0)
         dropped = plan.dropped
         if strategy.pairs is not None:
-            bounds.needed.append(torch.stack([torch.zeros_like(dropped), ends_E[-1]]))
+            bounds.needed.append(torch.stack([torch.zeros_like(dropped), plan.theirs_RX[:, -1].sum()]))
             dropped = dropped + (ends_E[-1] - N).clamp(min=0)
             ends_E = ends_E.clamp(max=N)
         order_N = ids_QK.flatten().argsort(stable=True)[:N]
         if len(order_N) < N:                                 # more room than rows
-            order_N = torch.nn.functional.pad(order_N, (0, N - len(order_N)), value=Q * K)
+            order_N = F.pad(order_N, (0, N - len(order_N)), value=Q * K)
         n = torch.arange(N, device=order_N.device)
         order_N = torch.where(n < ends_E[-1], order_N, Q * K)
         src_N = torch.where(order_N < Q * K, order_N // K, Q)
