@@ -44,9 +44,9 @@ def test_balance_and_z_are_the_formulas(drawn):
         for p, row in enumerate(documents_Pt):
             for document in range(int(row.max()) + 1):
                 mine = row == document
-                f_E = torch.stack([(experts_PtK[p][mine] == e).sum() for e in range(E)]).double() * E / (K * mine.sum())
+                f_E = torch.stack([(experts_PtK[p][mine] == e).sum() for e in range(E)]).double() * E / (K * mine.sum().double())
                 p_E = (s_PtE[p][mine] / s_PtE[p][mine].sum(-1, keepdim=True)).mean(0)
-                want = want + mine.sum() / n * (f_E * p_E).sum()
+                want = want + mine.sum().double() / n * (f_E * p_E).sum()
         want_z = want_z + (x_TE.view(*documents_Pt.shape, E)[documents_Pt >= 0].logsumexp(-1) ** 2).sum() / n
     for got, wanted in ((moe.balance(routing, n, LOCAL), want), (moe.z_loss(routing, n), want_z)):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
