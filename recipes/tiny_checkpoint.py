@@ -36,15 +36,17 @@ CONFIGS = {
 }
 
 
-def write(family: str, path: str | Path, changes: dict | None = None, seed: int = 0) -> None:
-    """A checkpoint of `family` with the config above and `changes` to it; weights in float32, drawn from `seed`."""
+def write(family: str, path: str | Path, changes: dict | None = None, seed: int = 0, like: str | Path | None = None) -> None:
+    """A checkpoint of `family` with the config above and `changes` to it; weights in float32, drawn from `seed`; the tokenizer of the directory
+    `like`, or a new one."""
     path = Path(path)
     hf_config = {"model_type": family, "dtype": "float32", **CONFIGS[family], **(changes or {})}
     module = models.FAMILIES[family]
     cfg = module.config(hf_config)
     hf.save(path, xtf.init(module.specs(cfg), seed), module.names(cfg))
     (path / "config.json").write_text(json.dumps(hf_config, indent=1))
-    tokenizer(hf_config["vocab_size"]).save_pretrained(path)
+    made = tokenizer(hf_config["vocab_size"]) if like is None else PreTrainedTokenizerFast.from_pretrained(like)
+    made.save_pretrained(path)
 
 
 def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

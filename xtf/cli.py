@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf import device, hf, tree
+from xtf import device, peft, tree
 from xtf.data import Batch, Encoder, Loader, open_data
 from xtf.data.read import model_path
 from xtf.data.sources import CACHE
@@ -19,9 +19,7 @@ from xtf.layout import PACK_AXES, parse_mesh
 from xtf.parallel import Overflow, ep, exact, fsdp, mesh, static, ulysses
 from xtf.parallel.mesh import is_main
 from xtf.shard import Transform
-from xtf.spec import init
 from xtf.transforms import bf16, jit, lora, overlap, remat
-from xtf.transforms.lora import adapters, base, join
 
 
 class Flags(msgspec.Struct, kw_only=True, frozen=True):
@@ -63,6 +61,10 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """Recompute each block in backward."""
     lora: int = 0
     """Freeze the model and train adapters of this rank beside its products; with bf16 the frozen matrices are stored in bf16."""
+    lora_alpha: float | None = None
+    """Adapters are multiplied by alpha over rank; by default alpha is twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Products to adapt, by node or part of its path (q, experts, layers.0.mlp); by default all but vocabulary and routers."""
     trust_remote_code: bool = False
     """Run the tokenizer code that the model's directory brings (Kimi K2 has such)."""
     compile: bool = msgspec.field(default_factory=lambda: device.device().type != "cpu")
@@ -197,7 +199,7 @@ def micro_packs(flags: Flags) -> int:
 
 def adapter(flags: Flags) -> Any:
     """The transform that --lora asks for."""
-    return lora(flags.lora, base_dtype=torch.bfloat16 if flags.dtype == "bf16" else None)
+    return lora(flags.lora, flags.lora_alpha, flags.lora_targets or None, torch.bfloat16 if flags.dtype == "bf16" else None)
 
 
 def load(flags: Flags, step: Any, names: Mapping[str, str]) -> tree.Tree:
@@ -205,11 +207,7 @@ def load(flags: Flags, step: Any, names: Mapping[str, str]) -> tree.Tree:
 
     Raises ValueError or OSError naming what is wrong with the files.
     """
-    layout = step.layout
-    params = on_device(hf.load(flags.model, base(step.specs), names, None if layout is None else base(layout)))
-    if not flags.lora:
-        return params
-    return join(params, on_device(init(adapters(step.specs), flags.seed, None if layout is None else adapters(layout))))
+    return on_device(peft.start(flags.model, step.specs, names, step.layout, flags.seed))
 
 
 def tokenizer(flags: Flags) -> Any:

@@ -27,13 +27,14 @@ from typing import Any
 import msgspec
 import torch.distributed as dist
 
-from xtf import cli, hf, process, profile, tree
+from xtf import cli, hf, peft, process, profile, tree
 from xtf.checkpoint import Checkpoints, Exporter, steps
 from xtf.log import Log
 from xtf.optim import guard
 from xtf.parallel import Overflow
 from xtf.parallel.mesh import describe
 from xtf.state import TrainState
+from xtf.transforms.lora import merge
 
 PACKAGES = ("xtf", "torch", "transformers", "orbax-checkpoint", "safetensors", "numpy", "triton")
 
@@ -178,21 +179,27 @@ class Run:
             self._done(f"save after step {i}")
         if flags.export_every and i % flags.export_every == 0 and not heard:
             self._exporter = self._exporter or Exporter()
-            self._exporter.save(self.out / f"hf-{i}", state.params, self.names, like=flags.model)
+            self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, like=flags.model)
         if heard:
             self._checkpoints.close()
             cli.say(f"{signal.Signals(heard).name}: {self.out}/checkpoints/{i} is saved; the same command with --resume auto goes on")
             raise SystemExit(128 + heard)
 
     def finish(self, params: tree.Tree) -> None:
-        """Write OUT/hf, the model in the format and dtypes of --model, and mark the run as finished."""
+        """Write OUT/hf, the model in the format and dtypes of --model, with --lora also OUT/adapter in PEFT's, and mark the run as finished."""
         for background in filter(None, (self._checkpoints, self._exporter)):
             background.wait()
         if "in_a_row" in self._before and (why := self._advice(self._before)):
             raise GaveUp(f"step {self.flags.steps}: {why}")
-        hf.save(self.out / "hf", params, self.names, like=self.flags.model)
+        if self.flags.lora:
+            peft.save(self.out / "adapter", params, self.names, cli.adapter(self.flags), self.flags.model)
+        hf.save(self.out / "hf", self._merged(params), self.names, like=self.flags.model)
         process.on_main(lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
         cli.say(f"{self.out}/hf: the model, as transformers loads it")
+
+    def _merged(self, params: tree.Tree) -> tree.Tree:
+        """The parameters of the same function without adapters, as Hugging Face directories have them."""
+        return merge(params, cli.adapter(self.flags)) if self.flags.lora else params
 
     def _done(self, what: str) -> None:
         if self.dog is not None:

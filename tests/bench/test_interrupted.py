@@ -1,8 +1,19 @@
 """benchmarks/interrupted.py at toy size: pre-training killed twice, moved from 1 to 4 to 2 ranks."""
+import pytest
+
 from benchmarks import interrupted
 
 
 def test_the_interrupted_curve_lies_on_the_other(tmp_path):
     result = interrupted.main([str(tmp_path), "--tiny", "--steps", "40", "--threads", "1"])
     assert result["loss"] < 1e-5 and result["eval_loss"] < 1e-5 and result["weights"] < 1e-4
+    assert result["last"] < 0.9 * result["first"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_killed_and_moved(tmp_path, family):
+    """200 steps on real text on dp=2,ep=2, killed half way and moved to ep=4: the loss of one process to 1e-4."""
+    result = interrupted.main([str(tmp_path), "--family", family, "--steps", "200", "--threads", "1"])
+    assert result["loss"] < 1e-4 and result["eval_loss"] < 1e-4
     assert result["last"] < 0.9 * result["first"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import xtf
 from tests.laws import moe_model as M
+from tests.laws.test_lora import learnt
 from xtf import tree
 from xtf.data import Batch
 from xtf.data.batch import cut
@@ -19,7 +20,7 @@ from xtf.parallel.collectives import record
 from xtf.testing import Layout, layouts, token_batches
 from xtf.testing.laws import compare, shared_mesh, whole
 from xtf.testing.pool import pool
-from xtf.transforms import jit, lora, overlap
+from xtf.transforms import jit, overlap
 
 BOUND = 1e-11              # float64: 2^-53 × the drawn sums' few thousand terms, as a part of each leaf's largest value
 
@@ -27,7 +28,7 @@ BOUND = 1e-11              # float64: 2^-53 × the drawn sums' few thousand term
 def assert_same(name, layout, batch, k=1, over="document", same=False, adapters=False, mutant=""):
     """One process, the whole batch at once, against the layout with `k` micro-batches."""
     _, _, specs, extra = M.family(name)
-    layout = replace(layout, extra=(*layout.extra, partial(lora, 2))) if adapters else layout
+    layout = replace(layout, extra=(*layout.extra, partial(learnt, 2))) if adapters else layout
     step = partial(M.step, name=name, over=over, same=same)
     e = compare(partial(step, k=k, mutant=mutant), layout, batch, specs=specs, opt=M.opt, reference=step, extra=extra)
     where = f"{name}, {k} micro-batches, balance over {over}, {same=}, {layout}"
@@ -53,11 +54,13 @@ LAW = {"deadline": None, "derandomize": True, "database": None, "report_multiple
        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
+@pytest.mark.timeout(1200)
 def test_any_layout_is_the_same_function():
     settings(max_examples=60, **LAW)(drawn(4))()
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_any_layout_is_the_same_function_at_length():
     settings(max_examples=500, **LAW)(drawn(8))()
 

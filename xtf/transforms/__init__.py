@@ -1,6 +1,8 @@
 """Transforms that need no mesh."""
 from xtf.transforms.jit import jit
+from xtf.transforms.lora import lora
+from xtf.transforms.overlap import overlap
 from xtf.transforms.precision import bf16
 from xtf.transforms.remat import remat
 
-__all__ = ["bf16", "jit", "remat"]
+__all__ = ["bf16", "jit", "lora", "overlap", "remat"]

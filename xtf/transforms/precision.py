@@ -4,6 +4,9 @@ import torch
 from xtf.shard import Transform
 
 
+CAST = torch.float32, torch.float64, torch.bfloat16    # what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
+
+
 def bf16() -> Transform:
     """Leaves with two dims or more compute in bfloat16; vectors (norms, biases, sinks) stay, since kernels take their statistics
     in at least float32 anyway, and gathering them costs nothing.
@@ -13,4 +16,4 @@ def bf16() -> Transform:
     >>> bf16().cast(torch.ones(2, 2)), bf16().cast(torch.ones(2))
     (torch.bfloat16, None)
     """
-    return Transform("bf16", 0, cast=lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in (torch.float32, torch.float64) else None)
+    return Transform("bf16", 0, cast=lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in CAST else None)
