@@ -4,9 +4,9 @@ r"""Fine-tune a Kimi K2 on chats, from one process to many.
     torchrun --nnodes 128 --nproc_per_node 8 recipes/kimi_k2_sft.py --mesh dp=32,ep=32 --overlap --trust-remote-code --model DIR \
         --data chats.jsonl --out runs/sft
 
-Its tokenizer is code in its directory, which runs only with --trust-remote-code. No auxiliary loss: a bias steers the choice of experts,
-and each step moves it by --bias-rate. A DeepSeek V3 is the same model with other numbers, and trains its MTP modules here too. Everything
-from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
+Its tokenizer is code in its directory, which runs only with --trust-remote-code. A bias steers the choice of experts, and each step moves it
+by --bias-rate; a balancing loss comes on top where the config has one (aux_loss_alpha). A DeepSeek V3 is the same model with other numbers,
+and trains its MTP modules here too. Everything from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
 import torch
 

@@ -4,7 +4,7 @@ Each rank holds t = T / W consecutive positions of every pack. Before attention 
 after it the reverse. Key-value heads fewer than (or not divided by) the axis are repeated exactly as often as needed, lcm(K, W) / K
 times; the adjoint of the repetition adds their gradients. Segments stay whole. Nothing else in a model sees other positions.
 
-Bytes each layer and pass, from a rank: (W - 1) / W × (2 q + k + v), with k and v after repetition; backward the same.
+Bytes each layer and pass, from a rank: (W - 1) / W × (q + k + v + o), with k and v after repetition; backward the same.
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 import math
