@@ -4,7 +4,8 @@
     torchrun --nnodes 32 --nproc_per_node 8 recipes/deepseek_v3_pretrain.py --mesh dp=32,ep=8 --overlap --model DIR --data web/ --out runs/pretrain
 
 `--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts (`--from-scratch` draws new
-ones). Long documents are split, so that every token is predicted. A bias steers the choice of experts, and each step moves it; MTP modules, where the config has them, learn to predict further tokens. Everything from batch to update stands in `train_step`.
+ones). Long documents are split, so that every token is predicted. A bias steers the choice of experts, and each step moves it; MTP modules,
+where the config has them, learn to predict further tokens. Everything from batch to update stands in `train_step`.
 """
 from pathlib import Path
 from typing import Literal

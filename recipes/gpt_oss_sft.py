@@ -15,14 +15,17 @@ from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
 from xtf.run import Run
 
 
+Flags = cli.ExpertFlags
+
+
 def main(argv: list[str] | None = None) -> None:
-    flags = cli.parse(cli.ExpertFlags, argv, __doc__)
+    flags = cli.parse(Flags, argv, __doc__)
     with Run(flags) as run:
         if not run.finished:
             train(flags, run)
 
 
-def train(flags: cli.ExpertFlags, run: Run) -> None:
+def train(flags: Flags, run: Run) -> None:
     model, cfg = models.from_hf(flags.model)
     if model is not models.gpt_oss:
         raise ValueError(f"--model {flags.model}: {model.__name__} is not a GPT-OSS; use the recipe of its family")
