@@ -14,7 +14,6 @@ from xtf.data import eval_batches
 from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
 from xtf.run import Run
 
-
 Flags = cli.ExpertFlags
 
 
