@@ -79,11 +79,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--threads", type=int, default=device.processors())
     parser.add_argument("--tiny", action="store_true", help="a toy model and little text, for the tests")
+    parser.add_argument("--dtype", default="fp32", help="fp64: where a rounding may send a token to another expert, curves part in fp32")
     parser.add_argument("--family", choices=FAMILIES, default="qwen3")
     args = parser.parse_args(argv)
     tiny, (recipe, meshes) = args.tiny or args.family != "qwen3", FAMILIES[args.family]
     size = ["--seq-len", "64", "--batch-tokens", "256"] if tiny else ["--seq-len", "256", "--batch-tokens", "1024"]
-    flags = [*prepare(args.out, args.family, not tiny), *size, "--steps", str(args.steps), "--lr", "1e-3", "--eval-fraction", "0.02",
+    flags = [*prepare(args.out, args.family, not tiny), *size, "--steps", str(args.steps), "--dtype", args.dtype, "--lr", "1e-3", "--eval-fraction", "0.02",
              "--warmup", "0.05", "--eval-every", str(args.steps // 5), "--save-every", str(max(2, args.steps // 20)), "--resume", "auto"]
     whole, broken, begun = args.out / "whole", args.out / "interrupted", time.monotonic()
     if start(recipe, "", [*flags, "--out", str(whole), "--threads", str(args.threads)], args.out / "whole.log").wait():

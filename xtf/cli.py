@@ -19,7 +19,7 @@ from xtf.layout import PACK_AXES, parse_mesh
 from xtf.parallel import Overflow, ep, exact, fsdp, mesh, static, ulysses
 from xtf.parallel.mesh import is_main
 from xtf.shard import Transform
-from xtf.transforms import bf16, jit, lora, overlap, remat
+from xtf.transforms import bf16, fp64, jit, lora, overlap, remat
 
 
 class Flags(msgspec.Struct, kw_only=True, frozen=True):
@@ -53,8 +53,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     max_skipped: int = 10
     """Give up after so many steps in a row with a loss or norm that is not finite or beyond 6 sigma: each is skipped and counted."""
     seed: int = 0
-    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Computation; parameters and reductions are fp32."""
+    dtype: Literal["fp32", "bf16", "fp8", "fp64"] = "fp32"
+    """Computation; parameters and reductions are fp32, but for fp64, which is float64 throughout: to tell mistakes from rounding."""
     mesh: str = ""
     """Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is named)."""
     remat: bool = False
@@ -178,8 +178,8 @@ def start(flags: Flags) -> DeviceMesh | None:
 def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
     """The layout that the flags ask for. An evaluation must not donate its state."""
     out = [fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=flags.compile, donate=training)]
-    if flags.dtype == "bf16":
-        out.append(bf16())
+    if flags.dtype in ("bf16", "fp64"):
+        out.append(bf16() if flags.dtype == "bf16" else fp64())
     if flags.remat:
         out.append(remat())
     if flags.lora:

@@ -18,7 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from xtf import device
 from xtf.parallel.mesh import is_main
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp64": torch.float64}
 
 
 class Log:
@@ -34,7 +34,7 @@ class Log:
     tokens are those of the step's documents over all ranks, padding left out; tokens_per_s counts the time since the last row, so that
     neither evaluations nor their rows slow it down. mfu = 3 × forward FLOPs (`model.flops`) / seconds / (ranks × `device.peak_flops`).
 
-    `flags` has out, steps and dtype ("fp32", "bf16", "fp8"); `model.flops(cfg, lengths)` is the forward pass's FLOPs.
+    `flags` has out, steps and dtype ("fp32", "bf16", "fp8", "fp64"); `model.flops(cfg, lengths)` is the forward pass's FLOPs.
     """
 
     def __init__(self, flags: Any, model: Any, cfg: Any, mesh: DeviceMesh | None = None, first: int = 0):

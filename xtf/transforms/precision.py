@@ -1,8 +1,11 @@
-"""`bf16`: matrices move and multiply in bfloat16, while the stored masters, the moments and the gradients' sums stay as they are."""
+"""`bf16`: matrices move and multiply in bfloat16, while the stored masters, the moments and the gradients' sums stay as they are. `fp64`: all
+of it in float64."""
+from dataclasses import replace
+
 import torch
 
+from xtf import tree
 from xtf.shard import Transform
-
 
 CAST = torch.float32, torch.float64, torch.bfloat16    # what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
 
@@ -17,3 +20,14 @@ def bf16() -> Transform:
     (torch.bfloat16, None)
     """
     return Transform("bf16", 0, cast=lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in CAST else None)
+
+
+def fp64() -> Transform:
+    """Everything in float64: for telling a mistake, or what discrete choices make of rounding, from the rounding itself.
+
+    >>> from xtf.spec import Param
+    >>> fp64().specs({"w": Param((2,), torch.float32, ("embed",))})["w"].dtype
+    torch.float64
+    """
+    wide = lambda p: replace(p, dtype=torch.float64) if p.dtype.is_floating_point else p
+    return Transform("fp64", 0, specs=lambda specs: tree.tree_map(wide, specs))
