@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loops import FLOPS, Case, Shape, Step, flops, make, num_params, ragged
+from loops import FLOPS, TINY, TINY_MIXTURE, Case, Mixture, Shape, Sizes, Step, flops, make, num_params, ragged
 from rich.console import Console
 from rich.table import Table
 
 from xtf import device
 
-TINY = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim=16, vocab=64)
 THIN = Shape(hidden=64, intermediate=128, layers=28, heads=4, kv_heads=2, head_dim=16, vocab=512)
 MEMORY = ("resident: VmHWM of one step after warm-up, less resident memory before the model is made (after a step of a tiny one), less parameters, "
           "gradients and moments. tensors: the most bytes of tensors that a step holds over those before it (torch.profiler), less gradients.")
@@ -43,7 +42,7 @@ class Group(NamedTuple):
     """What is compared: cases, and the tokens that all of them get (`ragged` in loops.py)."""
     title: str
     cases: list[Case]
-    shape: Shape
+    shape: Sizes
     packs: int
     seq_len: int
     whole: bool = False
@@ -94,7 +93,8 @@ def child(pipe: Any, case: Case | None, group: Group, threads: int) -> None:
 def _runner(case: Case, group: Group) -> Any:
     import transformers
     transformers.logging.set_verbosity_error()
-    make(case, TINY)(ragged(TINY, 1, 16, 0))                       # whatever is loaded at a first step is loaded
+    tiny = TINY_MIXTURE if isinstance(group.shape, Mixture) else TINY
+    make(case, tiny)(ragged(tiny, 1, 16, 0))                       # whatever is loaded at a first step is loaded
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

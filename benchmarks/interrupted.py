@@ -84,8 +84,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(argv)
     tiny, (recipe, meshes) = args.tiny or args.family != "qwen3", FAMILIES[args.family]
     size = ["--seq-len", "64", "--batch-tokens", "256"] if tiny else ["--seq-len", "256", "--batch-tokens", "1024"]
-    flags = [*prepare(args.out, args.family, not tiny), *size, "--steps", str(args.steps), "--dtype", args.dtype, "--lr", "1e-3", "--eval-fraction", "0.02",
-             "--warmup", "0.05", "--eval-every", str(args.steps // 5), "--save-every", str(max(2, args.steps // 20)), "--resume", "auto"]
+    flags = [*prepare(args.out, args.family, not tiny), *size, "--steps", str(args.steps), "--dtype", args.dtype, "--lr", "1e-3",
+             "--eval-fraction", "0.02", "--warmup", "0.05", "--eval-every", str(args.steps // 5), "--save-every", str(max(2, args.steps // 20)),
+             "--resume", "auto"]
     whole, broken, begun = args.out / "whole", args.out / "interrupted", time.monotonic()
     if start(recipe, "", [*flags, "--out", str(whole), "--threads", str(args.threads)], args.out / "whole.log").wait():
         raise RuntimeError(f"{args.out}/whole.log: the uninterrupted run failed")

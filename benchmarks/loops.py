@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import xtf
 from xtf import device, spec, tree
 from xtf.data.batch import Batch, Sample, pack, stack
-from xtf.models import qwen3
+from xtf.models import qwen3, qwen3_moe
 from xtf.optim import adamw, chain, clip_by_global_norm
 from xtf.parallel import fsdp
 from xtf.transforms import bf16, jit
@@ -25,12 +25,14 @@ except ImportError:
 
 Step = Callable[[Batch], float]
 LR, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1
-FLOPS = "6 × matmul weights (head included, lookup not) × tokens + 12 × heads × head_dim × layers × (query, key) pairs that see each other"
+FLOPS = ("6 × matmul weights (head included, lookup not; of experts those chosen) × tokens "
+         "+ 12 × heads × head_dim × layers × (query, key) pairs that see each other")
 LOSS_CHUNK = 256                # tokens of a chunk of transformers' chunked loss
 
 
 class Shape(NamedTuple):
     """A Qwen3's sizes."""
+    family = qwen3
     hidden: int = 512
     intermediate: int = 1536
     layers: int = 12
@@ -45,12 +47,39 @@ class Shape(NamedTuple):
                 "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
 
 
+class Mixture(NamedTuple):
+    """A Qwen3-MoE's sizes."""
+    family = qwen3_moe
+    hidden: int = 512
+    width: int = 256
+    experts: int = 32
+    top_k: int = 4
+    layers: int = 3
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    vocab: int = 24576
+
+    def config(self) -> dict:
+        """As config.json has it."""
+        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "moe_intermediate_size": self.width, "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True,
+                "num_experts": self.experts, "num_experts_per_tok": self.top_k, "norm_topk_prob": True}
+
+
+Sizes = Shape | Mixture
+TINY = Shape(hidden=32, intermediate=48, layers=1, heads=2, kv_heads=1, head_dim=16, vocab=64)
+TINY_MIXTURE = Mixture(hidden=32, width=16, experts=8, top_k=2, layers=2, heads=2, kv_heads=1, head_dim=16, vocab=64)
+
+
 class Case(NamedTuple):
     """One way to train. `dtype`: fp32, masters (fp32 weights, bf16 products) or bf16 (weights too; our moments stay fp32).
 
     For transformers alone. `layout`: flat (all packs end to end in one row), rows (a row for each pack), packs (a row at a time, gradients
     accumulated). `attention`: sdpa (block-diagonal mask made from position_ids), documents (a causal call of sdpa for each, no mask), varlen
     (flash attention over varying lengths, CUDA). `loss`: full (all logits at once), chunked (chunks, checkpointed). `compile`: none, layers, model.
+    `experts`: its experts_implementation. For ours alone, `routes`: even (the experts in turns), few (all tokens to the same top_k experts), one (all
+    to one expert, top_k times), or what the router chooses.
     """
     who: str = "xtf"
     dtype: str = "fp32"
@@ -59,20 +88,22 @@ class Case(NamedTuple):
     loss: str = ""
     compile: str = "none"
     keep_pages: bool = False
+    experts: str = ""
+    routes: str = ""
 
     @property
     def name(self) -> str:
         how = [f"compile {self.compile}"] * (self.compile != "none") + ["our allocator setting"] * self.keep_pages
         if self.who == "xtf":
-            return ", ".join(["xtf", *how])
-        return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss", *how])
+            return ", ".join(["xtf", *[f"routes {self.routes}"] * bool(self.routes), *how])
+        return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss", *[f"{self.experts} experts"] * bool(self.experts), *how])
 
     @property
     def weights(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
 
-def ragged(shape: Shape, packs: int, seq_len: int, seed: int, whole: bool = False, trained: float = 1.0) -> Batch:
+def ragged(shape: Sizes, packs: int, seq_len: int, seed: int, whole: bool = False, trained: float = 1.0) -> Batch:
     """Full packs of random tokens in documents of ragged lengths (log-normal, a third of the pack in the median), or one a pack if `whole`.
 
     The loss is on the last `trained` part of each document, as it is on the answers of chats.
@@ -93,41 +124,47 @@ def lengths(batch: Batch) -> list[int]:
     return [n for n in batch.segments.diff(dim=1).flatten().tolist() if n]
 
 
-def flops(shape: Shape, batch: Batch) -> float:
+def flops(shape: Sizes, batch: Batch) -> float:
     """Of a training step, by the formula `FLOPS`; nothing that is computed twice counts twice."""
-    return 3 * qwen3.flops(qwen3.config(shape.config()), lengths(batch))
+    return 3 * shape.family.flops(shape.family.config(shape.config()), lengths(batch))
 
 
-def num_params(shape: Shape) -> int:
+def num_params(shape: Sizes) -> int:
     """Stored numbers; the tied head counts once."""
-    return spec.num_params(qwen3.specs(qwen3.config(shape.config())))
+    return spec.num_params(specs(shape))
 
 
-def weights(shape: Shape, case: Case) -> tree.Tree:
-    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(), xtf.init(qwen3.specs(qwen3.config(shape.config()), case.weights)))
+def specs(shape: Sizes, dtype: torch.dtype = torch.float32) -> tree.Tree:
+    return shape.family.specs(shape.family.config(shape.config()), dtype)
 
 
-def make(case: Case, shape: Shape) -> Step:
+def weights(shape: Sizes, case: Case) -> tree.Tree:
+    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(), xtf.init(specs(shape, case.weights)))
+
+
+def make(case: Case, shape: Sizes) -> Step:
     if case.keep_pages or case.who == "xtf":                      # recipes start with it
         device.keep_pages()
     return (ours if case.who == "xtf" else theirs)(case, shape)
 
 
-def ours(case: Case, shape: Shape) -> Step:
-    cfg = qwen3.config(shape.config())
+def ours(case: Case, shape: Sizes) -> Step:
+    cfg = shape.family.config(shape.config())
     tx = chain(clip_by_global_norm(1.0), adamw(LR, *BETAS, weight_decay=WEIGHT_DECAY))
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
 
         def share(params, batch, ops):
-            return qwen3.loss(params, batch, cfg, ops) / num_tokens
+            if case.routes:
+                return qwen3_moe.loss_and_routing(params, batch, cfg, ops, routes(case, shape, batch))[0] / num_tokens
+            return shape.family.loss(params, batch, cfg, ops) / num_tokens
         loss, grads = xtf.microbatch(xtf.value_and_grad(share), len(batch.input_ids))(state.params, batch, ops)
         updates, opt = tx.update(grads, state.opt, state.params, ops)
         return state.apply(updates, opt), {"loss": loss}
 
     transforms = [jit(compile=case.compile != "none"), fsdp("dp"), *[bf16()] * (case.dtype == "masters")]
-    step = xtf.shard(train_step, *transforms, specs=qwen3.specs(cfg, case.weights))
+    step = xtf.shard(train_step, *transforms, specs=specs(shape, case.weights))
     params = weights(shape, case)
     state = xtf.TrainState.create(params, tx.init(params))
     del params                                                    # the state's alone, so that donation frees what it replaces
@@ -139,7 +176,14 @@ def ours(case: Case, shape: Shape) -> Step:
     return run
 
 
-def theirs(case: Case, shape: Shape) -> Step:
+def routes(case: Case, shape: Mixture, batch: Batch) -> list[torch.Tensor]:
+    """For each layer the experts of each token, [P, T, top_k], as `Case.routes` says."""
+    P, T = batch.input_ids.shape
+    place = torch.arange(P * T * shape.top_k).view(P, T, shape.top_k)
+    return [{"even": place % shape.experts, "few": place % shape.top_k, "one": place * 0}[case.routes]] * shape.layers
+
+
+def theirs(case: Case, shape: Sizes) -> Step:
     model = hf_model(case, shape).train()
     forward = torch.compile(model, dynamic=False) if case.compile == "model" else model
     for layer in model.model.layers if case.compile == "layers" else ():
@@ -166,16 +210,23 @@ def theirs(case: Case, shape: Shape) -> Step:
     return run
 
 
-def hf_model(case: Case, shape: Shape) -> Any:
+def hf_model(case: Case, shape: Sizes) -> Any:
     """transformers' model with our initial weights."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
     if case.attention != "sdpa":
         register(case.attention)
-    cfg = qwen3.config(shape.config())
-    names = qwen3.names(cfg)
+    names, how = shape.family.names(shape.family.config(shape.config())), {"experts_implementation": case.experts} if case.experts else {}
+    config = AutoConfig.for_model(shape.family.__name__.rpartition(".")[2], **shape.config())
     with torch.device(device.device()):
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**shape.config()), attn_implementation=case.attention, dtype=case.weights)
-    model.load_state_dict({names[path]: p.detach() for path, p in tree.flatten_with_path(weights(shape, case))}, strict=False)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention, dtype=case.weights, **how)
+    state: dict[str, torch.Tensor] = {}
+    for path, p in tree.flatten_with_path(weights(shape, case)):
+        name = names[path].replace("{e}.down_proj.weight", "down_proj")              # stacked in memory, gates above ups
+        if "{e}" in name:
+            name = name.rpartition(".{e}.")[0] + ".gate_up_proj"
+        state[name] = torch.cat([state[name], p.detach()], 1) if name in state else p.detach()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
     return model
 
 

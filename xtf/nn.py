@@ -14,7 +14,7 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
-from xtf import tree
+from xtf import moe, tree
 from xtf.kernels import at_least_float32
 from xtf.kernels.cross_entropy import linear_cross_entropy, token_logprobs
 from xtf.kernels.rms_norm import rms_norm
@@ -158,12 +158,18 @@ def attention_factor(kind: AnyRope) -> float:
         case YarnRope() | LongRope() if kind.attention_factor is not None:
             return kind.attention_factor
         case YarnRope(factor=factor):
-            gain = lambda mscale: 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-            return gain(kind.mscale) / gain(kind.mscale_all_dim) if kind.mscale and kind.mscale_all_dim else gain(1.0)
+            if kind.mscale and kind.mscale_all_dim:
+                return yarn_gain(factor, kind.mscale) / yarn_gain(factor, kind.mscale_all_dim)
+            return yarn_gain(factor, 1.0)
         case LongRope(factor=factor) if factor > 1:
             return math.sqrt(1 + math.log(factor) / math.log(kind.original_max_position_embeddings))
         case _:
             return 1.0
+
+
+def yarn_gain(factor: float, mscale: float) -> float:
+    """By how much YaRN sharpens attention where positions are stretched by `factor` (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def document_lengths(segments_PS: torch.Tensor, T: int) -> torch.Tensor:
@@ -191,7 +197,8 @@ def embed(node: dict, ids_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
 
 def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
               window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
-    """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and `k_norm`.
+    """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and `k_norm`, and every
+    query sees a sink where it has `sinks`.
 
     `window`: how many tokens a query sees, itself included; None: its whole document. How many heads there are is read off the
     products, since a transform may have split them.
@@ -201,7 +208,8 @@ def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torc
     if "q_norm" in p:
         q_PtHd, k_PtKd = norm(q_PtHd, p["q_norm"], cfg), norm(k_PtKd, p["k_norm"], cfg)
     q_PtHd, k_PtKd = apply_rope(q_PtHd, cos_Ptd, sin_Ptd), apply_rope(k_PtKd, cos_Ptd, sin_Ptd)
-    o_PtHd = ops.name(ops.attend, "attn_out")(q_PtHd, k_PtKd, v_PtKd, segments=segments_PS, window=window)
+    sinks_H = p["sinks"]["weight"] if "sinks" in p else None
+    o_PtHd = ops.name(ops.attend, "attn_out")(q_PtHd, k_PtKd, v_PtKd, segments=segments_PS, window=window, sinks=sinks_H)
     return ops.linear(o_PtHd.flatten(-2), p["o"], ("heads", "embed"))
 
 
@@ -210,6 +218,29 @@ def mlp(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
     gate_PtF, up_PtF = ops.linear(x_PtD, p["gate"], ("embed", "mlp")), ops.linear(x_PtD, p["up"], ("embed", "mlp"))
     hidden_PtF = swiglu(gate_PtF, up_PtF) if cfg.hidden_act in ("silu", "swish") else ACTIVATIONS[cfg.hidden_act](gate_PtF) * up_PtF
     return ops.linear(hidden_PtF, p["down"], ("mlp", "embed"))
+
+
+def experts(p: dict, rows: Any, ops: Ops, cfg: Any) -> torch.Tensor:
+    """`mlp` for rows laid out by expert, [N, D], each times its weight."""
+    if cfg.hidden_act in ("silu", "swish"):
+        return moe.swiglu_experts(p, rows, ops)
+    gate_NF, up_NF = (ops.grouped_linear(rows.x_ND, p[name], rows.offsets_E, ("embed", "mlp")) for name in ("gate", "up"))
+    hidden_NF = (ACTIVATIONS[cfg.hidden_act](gate_NF) * up_NF * rows.weights_N[:, None]).to(gate_NF.dtype)
+    return ops.grouped_linear(hidden_NF, p["down"], rows.offsets_E, ("mlp", "embed"))
+
+
+def replays(routes: Sequence[torch.Tensor] | None, layers: Sequence[dict], ops: Ops) -> list[torch.Tensor | None]:
+    """For each layer the recorded choice [P, t, K] to replay: None where it has no experts, and everywhere without `routes`.
+
+    `routes` has one [P, T, K] of whole positions for each layer with experts; raises ValueError if there are more or fewer.
+    """
+    sparse = ["router" in p for p in layers]
+    if routes is None:
+        return [None] * len(layers)
+    if len(routes) != sum(sparse):
+        raise ValueError(f"routes: {len(routes)} recorded layers for the {sum(sparse)} of this model's {len(layers)} layers that have experts")
+    recorded = iter(routes)
+    return [ops.split(next(recorded)) if s else None for s in sparse]
 
 
 # ---- the end: final norm, head, losses ----------------------------------------------------------------------------------------------
@@ -260,15 +291,18 @@ def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) 
 
 # ---- descriptions -------------------------------------------------------------------------------------------------------------------
 
-def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False) -> dict:
-    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names.
+def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False, num_experts: int = 0) -> dict:
+    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names. With `num_experts`, one for each, stacked in front.
 
     >>> cfg = msgspec.defstruct("Config", ["initializer_range"])(0.02)
     >>> sorted(product(8, 4, ("mlp", "embed"), cfg, torch.float32, bias=True))
     ['bias', 'weight']
+    >>> product(8, 4, ("mlp", "embed"), cfg, torch.float32, num_experts=2)["weight"].axes
+    ('expert', 'mlp', 'embed')
     """
-    weight = {"weight": Param((num_out, num_in), dtype, axes, Normal(cfg.initializer_range))}
-    return weight | {"bias": Param((num_out,), dtype, axes[:1], ZEROS)} if bias else weight
+    (E, expert) = ((num_experts,), ("expert",)) if num_experts else ((), ())
+    weight = {"weight": Param((*E, num_out, num_in), dtype, (*expert, *axes), Normal(cfg.initializer_range))}
+    return weight | {"bias": Param((*E, num_out), dtype, (*expert, axes[0]), ZEROS)} if bias else weight
 
 
 def scale(size: int, axis: str, dtype: torch.dtype) -> dict:
@@ -279,34 +313,43 @@ def scale(size: int, axis: str, dtype: torch.dtype) -> dict:
 def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, str]:
     """Expand a name table over a spec tree: every leaf's path to its Hugging Face name.
 
-    Rows map a node's path to a module's name, with `{i}` for the layer in both; a node's members (weight, bias) keep their names.
-    Raises KeyError if the tree has a node that the table lacks.
+    Rows map a node's path to a module's name, with `{i}` for the layer in both; a node's members (weight, bias) keep their names. A row
+    for a leaf's path gives its whole name. `{e}` in a name stays: one tensor an expert, stacked. Raises KeyError if the tree has a node that
+    the table lacks.
 
     >>> hf_names((("layers.{i}.q", "model.layers.{i}.self_attn.q_proj"),), {"layers": [{"q": {"weight": 0, "bias": 0}}]})
     {'layers.0.q.weight': 'model.layers.0.self_attn.q_proj.weight', 'layers.0.q.bias': 'model.layers.0.self_attn.q_proj.bias'}
     """
     to_hf, names = dict(table), {}
     for path, _ in tree.flatten_with_path(specs):
-        parts = path.split(".")
-        layer = next((part for part in parts if part.isdigit()), "")
-        node = ".".join("{i}" if part.isdigit() else part for part in parts[:-1])
-        if node not in to_hf:
+        layer = next((part for part in path.split(".") if part.isdigit()), "")
+        leaf = ".".join("{i}" if part.isdigit() else part for part in path.split("."))
+        node, _, member = leaf.rpartition(".")
+        if leaf not in to_hf and node not in to_hf:
             raise KeyError(f"hf_names: no row for `{node}` (leaf {path}); add it to the family's table")
-        names[path] = f"{to_hf[node]}.{parts[-1]}".replace("{i}", layer)
+        name = to_hf[leaf] if leaf in to_hf else f"{to_hf[node]}.{member}"
+        names[path] = type(name)(name.replace("{i}", layer))                 # a row may be an `xtf.hf.Transposed`
     return names
 
 
 def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
     """Forward FLOPs of documents of these lengths; forward and backward are 3 times as many.
 
-    2 × (weights that multiply, head included, embedding lookup not) × tokens + Σ over layers of 4 × H × d × pairs, where pairs counts
-    the keys that each query sees: l (l + 1) / 2 in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l.
-    Norms, rope, activations and biases are not counted.
+    2 × (weights that multiply, head and router included, of experts the top_k that a token chooses, embedding lookup not) × tokens
+    + Σ over layers of 4 × H × d × pairs, where pairs counts the keys that each query sees: l (l + 1) / 2 in a document of l tokens,
+    w (w + 1) / 2 + (l - w) w under a window w < l. Norms, rope, activations and biases are not counted.
     """
     end = {"head": specs["head"] if "head" in specs else specs["embed"]}
-    weights = sum(math.prod(p.shape) for p in tree.leaves({"layers": specs["layers"], **end}) if len(p.shape) == 2)
+    weights = sum(_multiplying(p, cfg) for p in tree.leaves({"layers": specs["layers"], **end}))
     pairs = sum(_pairs(length, window) for window in windows for length in lengths)
     return float(2 * weights * sum(lengths) + 4 * cfg.num_attention_heads * cfg.head_dim * pairs)
+
+
+def _multiplying(p: Param, cfg: Any) -> int:
+    """How many numbers of a leaf a token is multiplied by."""
+    if p.axes[0] == "expert":
+        return cfg.router.top_k * math.prod(p.shape[1:]) if len(p.shape) == 3 else 0
+    return math.prod(p.shape) if len(p.shape) == 2 else 0
 
 
 def _pairs(length: int, window: int | None) -> int:

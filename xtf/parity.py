@@ -1,7 +1,10 @@
 """`python -m xtf.parity DIR`: how far a checkpoint's logits and gradients are from transformers', tensor by tensor."""
 import argparse
+import json
 import math
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,9 +16,16 @@ BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 5e-2}                       # trans
 
 
 def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The same by transformers: each sequence alone, sdpa attention. Gradients by parameter name, tied ones once."""
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    """The same by transformers: each sequence alone, sdpa attention (eager where a model has none). Gradients by their names in the files,
+    tied ones once. Quantised directories are dequantised, for which transformers wants the accelerate package."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+    settings = json.loads(Path(path, "config.json").read_text())
+    family = settings.pop("model_type")
+    config = AutoConfig.for_model("deepseek_v3" if family == "kimi_k2" else family, **settings)      # the same model; its own code is remote
+    attention = "eager" if family == "gpt_oss" else "sdpa"
+    model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention)
+    model._weight_conversions = None                                     # those of the family alone: gradients are not quantised again
     logits, loss = [], torch.zeros((), dtype=dtype)
     for s in sequences:
         model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)       # a dynamic one remembers the longest sequence it met
@@ -25,7 +35,7 @@ def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tupl
             wide = out[:-1].to(torch.promote_types(dtype, torch.float32))
             loss = loss + torch.nn.functional.cross_entropy(wide, torch.tensor(s[1:]), reduction="sum")
     loss.backward()
-    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits, revert_weight_conversion(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -56,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         g = torch.Generator().manual_seed(args.seed)
         sequences = [torch.randint(cfg.vocab_size, (int(n),), generator=g).tolist() for n in args.lengths.split(",")]
         logits, grads = logits_and_grads(args.dir, sequences, dtype, layout)
-    except (ValueError, OSError) as e:
+        their_logits, their_grads = reference(args.dir, sequences, dtype)
+    except (ValueError, OSError, ImportError) as e:
         print(f"xtf.parity: {e}", file=sys.stderr)
         return 1
-    their_logits, their_grads = reference(args.dir, sequences, dtype)
     rows = [("logits", max(deviation(a, b) for a, b in zip(logits, their_logits, strict=True)))]
     rows += [(name, deviation(grads[name], g) if name in grads else float("inf")) for name, g in their_grads.items()]
-    rows += [(name, float("inf")) for name in grads if name not in their_grads]
+    rows += [(name, float("inf")) for name, g in grads.items() if name not in their_grads and g.any()]     # MTP modules have no counterpart
     for name, value in rows:
         print(f"{value:9.2e}  {'' if value <= bound else 'BEYOND  '}{name}")
     worst = max(value for _, value in rows)

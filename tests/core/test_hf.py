@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from xtf import hf
 from xtf import safetensors_io as files
@@ -122,6 +122,39 @@ def test_round_trip_of_a_transformers_directory(llama, tmp_path):
     assert all((tmp_path / "out" / f).read_bytes() == (path / f).read_bytes() for f in copied if not f.endswith(".index.json"))
     again = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(again[k], v) for k, v in state.items())
+
+
+def test_stacked_experts_of_a_transformers_directory(tmp_path):
+    """transformers stacks what its directories have one by one, and so do we; one expert is of another dtype."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                            num_key_value_heads=1, head_dim=8, vocab_size=32, num_experts=5, num_experts_per_tok=2)
+    model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    path = tmp_path / "in"
+    model.save_pretrained(path, max_shard_size="1KB")
+    experts = "model.layers.0.mlp.experts."
+    third = path / hf.tensors(path)[f"{experts}3.up_proj.weight"][0]
+    save_file({n: x.float() if n == f"{experts}3.up_proj.weight" else x for n, x in load_file(third).items()}, third, {"format": "pt"})
+    assert len({hf.tensors(path)[f"{experts}{e}.{which}_proj.weight"][0] for e in range(5) for which in ("gate", "down")}) > 1
+    specs, names = specs_for(path, torch.bfloat16)
+    plain = {k for k, n in names.items() if experts not in n}
+    specs, names = {k: specs[k] for k in plain}, {k: names[k] for k in plain}
+    for which, shape in {"gate": (5, 8, 16), "up": (5, 8, 16), "down": (5, 16, 8)}.items():
+        specs[which], names[which] = Param(shape, torch.bfloat16, ("expert", "a", "b")), experts + "{e}." + which + "_proj.weight"
+    params = hf.load(path, specs, names)
+    state = model.state_dict()
+    assert torch.equal(torch.cat([params["gate"], params["up"]], 1), state[experts + "gate_up_proj"])
+    assert torch.equal(params["down"], state[experts + "down_proj"])
+    hf.save(tmp_path / "out", params, names, like=path)
+    assert raw(tmp_path / "out") == raw(path)
+    hf.save(tmp_path / "new", params, names)                             # without `like`: all bf16
+    assert {n: x[1:] for n, x in raw(tmp_path / "new").items() if "3.up" not in n} == {n: x[1:] for n, x in raw(path).items() if "3.up" not in n}
+    with pytest.raises(ValueError, match=r"leaves up and down have the same name in the files, .*experts\.0\.up"):
+        hf.load(path, specs, names | {"down": names["up"]})
+    with pytest.raises(ValueError, match=r"missing: .*experts\.5\.gate.*experts\.5\.up"):
+        hf.load(path, specs | {k: Param((6, 8, 16), torch.bfloat16, ("expert", "a", "b")) for k in ("gate", "up")}, names)
+    with pytest.raises(ValueError, match=r"experts\.0\.up_proj.weight \(.*has shape \[8, 16\], expected \[16, 8\]"):
+        hf.load(path, specs, names | {"up": hf.Transposed(names["up"])})
 
 
 def test_without_like_the_file_is_that_of_the_safetensors_package(tmp_path):

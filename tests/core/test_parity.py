@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen3Config, Qwen3MoeConfig
 
-from xtf import parity
+from xtf import hf, models, parity
 from xtf.testing import logits_and_grads
 
 
@@ -25,6 +25,43 @@ def test_a_sound_checkpoint_passes(checkpoint, mesh, capsys):
     assert parity.main([str(checkpoint), "--mesh", mesh]) == 0
     out = capsys.readouterr().out
     assert "model.layers.1.self_attn.q_norm.weight" in out and "of 26 tensors" in out and ": ok" in out
+
+
+SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+         "initializer_range": 0.2}
+EXPERTS = {
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=48, moe_intermediate_size=16, num_experts=4,
+                                num_experts_per_tok=2),
+    "gpt_oss": GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=8, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": DeepseekV3Config(**SMALL, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+                                    moe_intermediate_size=16, intermediate_size=48, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+                                    qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8),
+}
+
+
+@pytest.mark.parametrize("family, mesh, last", [("qwen3_moe", "ep=2", "model.layers.1.mlp.experts.3.down_proj.weight"),
+                                                ("deepseek_v3", "", "model.layers.1.mlp.experts.3.down_proj.weight"),
+                                                ("gpt_oss", "", "model.layers.1.mlp.experts.down_proj")])
+def test_experts_by_the_names_of_the_files(family, mesh, last, tmp_path, capsys):
+    """Each expert's gradient by itself, though transformers stacks them too; DeepSeek's from block FP8, GPT-OSS's from MXFP4."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(EXPERTS[family]).save_pretrained(tmp_path / "plain")
+    path = tmp_path / "plain"
+    if family == "deepseek_v3":
+        module, cfg = models.from_hf(path)
+        params = hf.load(path, module.specs(cfg), module.names(cfg))
+        hf.save(path := tmp_path / "fp8", params, module.names(cfg), like=tmp_path / "plain", quantise="fp8")
+    if family == "gpt_oss":
+        tensors = load_file(path / "model.safetensors")
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            E, inside, out = tensors.pop(name).shape
+            tensors[name + "_blocks"] = torch.randint(0, 256, (E, out, inside // 32, 16), dtype=torch.uint8)
+            tensors[name + "_scales"] = torch.full((E, out, inside // 32), 124, dtype=torch.uint8)
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        config = json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+        (path / "config.json").write_text(json.dumps(config))
+    assert parity.main([str(path), "--mesh", mesh]) == 0, capsys.readouterr()
+    assert last in capsys.readouterr().out
 
 
 def test_layouts_agree_in_float64(checkpoint):

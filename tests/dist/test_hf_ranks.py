@@ -20,7 +20,8 @@ from xtf.testing.pool import pool
 
 S, R = Shard, Replicate()
 EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
-# name -> (shape, dtype in the files, placement over "store" alone, placements over ("store", "rest"))
+STACK, TURNED, BOTH = "mlp.{e}.up.weight", hf.Transposed("turned"), hf.Transposed("x.{e}.t")
+# name -> (shape, dtype in the files (of each expert in turn), placement over "store" alone, placements over ("store", "rest"))
 LEAVES = {
     EMBED: ((13, 6), torch.bfloat16, S(0), (S(0), R)),                   # uneven
     "row": ((8, 6), torch.float32, S(0), (S(0), S(1))),
@@ -31,6 +32,11 @@ LEAVES = {
     "rest": ((6, 4), torch.float32, R, (R, S(0))),                       # copies along the first axis, cut along the second
     "tiny": ((1, 3), torch.float32, S(0), (S(0), S(1))),                 # fewer rows than ranks
     "scalar": ((), torch.float64, R, (R, R)),
+    STACK: ((5, 6, 4), (torch.bfloat16, torch.float32, torch.float16), S(0), (S(0), S(1))),      # each expert in a shard and dtype of its own
+    "inner.{e}": ((3, 7, 9), torch.float16, S(1), (S(2), S(1))),
+    "copied.{e}": ((3, 2, 5), torch.bfloat16, R, (R, S(2))),             # each rank writes experts of its own
+    TURNED: ((3, 4, 9), torch.bfloat16, S(2), (S(0), S(2))),
+    BOTH: ((2, 5, 6), (torch.float32, torch.bfloat16), S(1), (S(1), S(2))),
 }
 
 
@@ -39,9 +45,15 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / "in"
     path.mkdir()
     g = torch.Generator().manual_seed(0)
-    x = {n: torch.randn(shape, generator=g).to(dtype) for n, (shape, dtype, *_) in LEAVES.items()} | {FREQ: torch.arange(3.0)}
-    shards = [{n: x[n] for n in (EMBED, "column", "rest", FREQ)} | {HEAD: x[EMBED].clone()},
-              {n: x[n] for n in ("row", "nested", "experts", "whole", "tiny", "scalar")}]
+    x = {FREQ: torch.arange(3.0)}
+    for name, (shape, dtype, *_) in LEAVES.items():
+        leaf = torch.randn(shape, generator=g)
+        leaf = leaf.transpose(-1, -2) if isinstance(name, hf.Transposed) else leaf
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        experts = {name.format(e=e): leaf[e] for e in range(shape[0])} if "{e}" in name else {str(name): leaf}
+        x |= {n: v.to(dtypes[i % len(dtypes)]).contiguous() for i, (n, v) in enumerate(experts.items())}
+    first = {n: x[n] for i, n in enumerate(x) if n in (EMBED, "column", "rest", FREQ) or i % 2}
+    shards = [first | {HEAD: x[EMBED].clone()}, {n: v for n, v in x.items() if n not in first}]
     for i, shard in enumerate(shards):
         save_file(shard, path / f"model-0000{i + 1}-of-00002.safetensors", {"format": "pt"})
     weight_map = {n: f"model-0000{i + 1}-of-00002.safetensors" for i, shard in enumerate(shards) for n in shard}
@@ -53,6 +65,14 @@ def source(tmp_path_factory):
 def raw(path):
     return {(f.name, n): (x.dtype, tuple(x.shape), x.reshape(-1).view(torch.uint8).numpy().tobytes())
             for f in sorted(Path(path).glob("*.safetensors")) for n, x in load_file(f).items()}
+
+
+def leaf_of(tensors, name):
+    """A leaf from the files' tensors, and the bytes of each of its numbers there."""
+    mine = [tensors[name.format(e=e)] for e in range(LEAVES[name][0][0])] if "{e}" in name else [tensors[name]]
+    mine = [x.transpose(-1, -2) if isinstance(name, hf.Transposed) else x for x in mine]
+    values, widths = [x.to(torch.float64) for x in mine], [torch.full(x.shape, x.itemsize) for x in mine]
+    return (torch.stack(values), torch.stack(widths)) if "{e}" in name else (values[0], widths[0])
 
 
 def tree_of(mesh_shape):
@@ -89,8 +109,10 @@ def round_trip(source, out, mesh_shape):
     share = 0
     for leaf, x in params.items():
         assert isinstance(x, DTensor) and x.placements == layout[leaf].placements and x.requires_grad
-        assert torch.equal(x.full_tensor(), whole[names[leaf]].to(specs[leaf].dtype)), names[leaf]
-        share += math.prod(layout[leaf].box(specs[leaf].shape)[1]) * whole[names[leaf]].itemsize * (2 if names[leaf] == EMBED else 1)   # and its twin
+        values, widths = leaf_of(whole, names[leaf])
+        assert torch.equal(x.full_tensor(), values.to(specs[leaf].dtype)), names[leaf]
+        box = tuple(slice(o, o + n) for o, n in zip(*layout[leaf].box(specs[leaf].shape), strict=True))
+        share += int(widths[box].sum()) * (2 if names[leaf] == EMBED else 1)   # and its twin
     headers = sum(8 + struct.unpack("<Q", f.read_bytes()[:8])[0] for f in source.glob("*.safetensors"))
     written = []
     with pytest.MonkeyPatch.context() as mp:
@@ -109,7 +131,7 @@ def test_each_rank_reads_its_share_and_all_write_the_original(source, tmp_path, 
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "drawn"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-new"]
     new = {n: x for f in (tmp_path / "out-new").glob("*.safetensors") for n, x in load_file(f).items()}
-    assert new.keys() == LEAVES.keys() and len(list((tmp_path / "out-new").glob("*.safetensors"))) > 2
+    assert new.keys() == {n for _, n in raw(source)} - {HEAD, FREQ} and len(list((tmp_path / "out-new").glob("*.safetensors"))) > 2
     # each byte is written once, whoever holds copies: what all ranks wrote is what the two directories have
     everything = [f for d in ("out", "out-new") for f in (tmp_path / d).iterdir()]
     assert sum(w for *_, w in results) == sum(f.stat().st_size for f in everything)

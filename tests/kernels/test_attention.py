@@ -24,10 +24,10 @@ def segments_of(*packs, T=None):
     return torch.tensor([e + [e[-1]] * (width - len(e)) for e in ends], dtype=torch.int32)
 
 
-def tensors(P, T, H, K, d, dtype=torch.float64, seed=0, sinks=False):
+def tensors(P, T, H, K, d, dtype=torch.float64, seed=0, sinks=False, e=None):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    return [draw(P, T, H, d), draw(P, T, K, d), draw(P, T, K, d), *([draw(H)] if sinks else [])]
+    return [draw(P, T, H, d), draw(P, T, K, d), draw(P, T, K, e or d), *([draw(H)] if sinks else [])]
 
 
 def out_and_gradients(fn, inputs, **options):
@@ -96,14 +96,14 @@ def cases(draw):
         packs.append([b - a for a, b in pairwise([0, *cuts])])
     window = draw(st.none() | st.integers(1, T + 1))
     d, sinks, small, kept = draw(st.sampled_from([1, 5, 8])), draw(st.booleans()), draw(st.sampled_from([0, 2 ** 22])), draw(st.sampled_from([0, 4]))
-    return packs, T, K * G, K, d, window, sinks, small, kept
+    return packs, T, K * G, K, d, draw(st.sampled_from([d, 1, 3, 8])), window, sinks, small, kept
 
 
 @given(cases())
 def test_attend_is_its_reference(case):
     """Both ways through the CPU, probabilities kept or not, small blocks so that documents span several."""
-    packs, T, H, K, d, window, sinks, small, kept = case
-    inputs, segments = tensors(len(packs), T, H, K, d, sinks=sinks), segments_of(*packs)
+    packs, T, H, K, d, e, window, sinks, small, kept = case
+    inputs, segments = tensors(len(packs), T, H, K, d, sinks=sinks, e=e), segments_of(*packs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "BLOCK", 16)
         patch.setattr(attention, "SMALL", small)
@@ -254,14 +254,76 @@ def test_cuda_flattens_packs_into_one_list_of_documents(monkeypatch, takes):
 
     monkeypatch.setattr(attention, "VARLEN", (varlen_attn, frozenset(takes)))
     q, k, v = (x.detach() for x in tensors(2, 12, 4, 2, 8, torch.bfloat16))
-    segments, some = segments_of([5, 7], [2, 1, 9]), torch.randn(4)
-    for window, scale, sinks in ((None, 8 ** -0.5, None), (1, 0.5, None), (4, 0.5, None), (4, 0.5, some)):
+    segments = segments_of([5, 7], [2, 1, 9])
+    for window, scale, sinks in ((None, 8 ** -0.5, None), (1, 0.5, None), (4, 0.5, None)):
         got = attention._attend_cuda(q, k, v, segments, window, scale, sinks)
         expected = reference_attend(q, k, v, segments=segments, window=window, scale=scale, sinks=sinks)
         torch.testing.assert_close(got, expected, rtol=2 ** -7, atol=2 ** -7)    # two roundings to bf16
     assert calls == ([-1, 0, 3] if "window_size" in takes else [-1])             # the rest went by the mask
+    got = attention._attend_cuda(q, k, v[..., :4], segments, None, 8 ** -0.5, None)         # MLA's values are narrower: padded for the kernel
+    torch.testing.assert_close(got, reference_attend(q, k, v[..., :4], segments=segments), rtol=2 ** -7, atol=2 ** -7)
+    assert len(calls) == (4 if "window_size" in takes else 2)
     wide = [x.double() for x in (q, k, v)]
     assert_close([attention._attend_cuda(*wide, segments, 4, 0.5, None)], [reference_attend(*wide, segments=segments, window=4, scale=0.5)])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.bfloat16, 2 ** -6)])
+def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound):
+    """The CUDA path with sinks, on torch's flash kernel for CPUs, which like CUDA's takes outputs and logsumexps and knows no sinks.
+
+    Logsumexps pass through float32, so float64 agrees to that.
+    """
+    def parts(ends, options):
+        left = options.get("window_size_left")
+        assert options["is_causal"] == (left is None) and options.get("window_size_right", 0) == 0
+        for a, b in pairwise(ends.tolist()):
+            if b > a:
+                seen = visible(segments_of([b - a]), b - a, None if left is None else left + 1)[0]
+                yield slice(a, b), {"attn_mask": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf), "scale": options["scale"]}
+
+    heads = lambda x, at: x[at].transpose(0, 1).unsqueeze(0)
+    back = lambda x: x.squeeze(0).transpose(0, 1)
+
+    def flash(q, k, v, ends, longest, options):
+        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads(q, at), heads(k, at), heads(v, at), **how)
+                  for at, how in parts(ends, options)]
+        return torch.cat([back(o) for o, _ in pieces]), torch.cat([lse[0].float() for _, lse in pieces], 1), "seed", "unused"
+
+    def flash_backward(g, q, k, v, o, lse, ends, longest, options, state):
+        assert state == ["seed", "unused"] and lse.dtype == torch.float32
+        lse = lse.to(torch.promote_types(dtype, torch.float32))
+        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            heads(g, at), *(heads(x, at) for x in (q, k, v, o)), lse[None, :, at], 0.0, False, **how) for at, how in parts(ends, options)]
+        return tuple(torch.cat([back(x) for x in gradients]) for gradients in zip(*pieces, strict=True))
+
+    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size"})))          # no grouped heads: they are repeated
+    monkeypatch.setattr(attention, "_flash", flash)
+    monkeypatch.setattr(attention, "_flash_backward", flash_backward)
+    inputs, segments = tensors(2, 12, 4, 2, 8, dtype, sinks=True), segments_of([5, 7], [2, 1, 9])
+
+    def through(q, k, v, segments, window, sinks):
+        if dtype == torch.bfloat16:
+            return attention._attend_cuda(q, k, v, segments, window, 8 ** -0.5, sinks)
+        k, v, ends = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), torch.tensor([0, 5, 12, 14, 15, 24], dtype=torch.int32)
+        return attention._FlashWithSinks.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window, 8 ** -0.5).view_as(q)
+
+    got = out_and_gradients(through, inputs, segments=segments, window=window)
+    expected = out_and_gradients(reference_attend, inputs, segments=segments, window=window)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert (a.double() - b.double()).abs().max() <= bound * max(1, b.double().abs().max())
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cuda_sinks_are_an_operator_of_torch_with_these_arguments(monkeypatch, window):
+    """Shapes and dtypes through the real operators, without data."""
+    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size", "enable_gqa"})))
+    inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+              for shape in ((2, 12, 4, 64), (2, 12, 2, 64), (2, 12, 2, 64), (4,))]
+    o = attention._attend_cuda(*inputs[:3], torch.zeros(2, 4, dtype=torch.int32, device="meta"), window, 0.125, inputs[3])
+    assert o.shape == inputs[0].shape and o.dtype == torch.bfloat16
+    assert [(g.shape, g.dtype) for g in torch.autograd.grad(o.sum(), inputs)] == [(x.shape, x.dtype) for x in inputs]
 
 
 def test_errors_say_what_does_not_fit():

@@ -91,7 +91,8 @@ class Encoder:
     somebody wrote out in a message are read as text.
 
     Args:
-        tokenizer: a fast transformers tokenizer, with a chat template if there are conversations; None will do for input_ids.
+        tokenizer: a fast transformers tokenizer (or what `xtf.data.tokenizer.load` gives), with a chat template if there are conversations; None
+            will do for input_ids.
         train_on_everything: every token carries loss, whatever the format.
         vocab_size: the model's, if known: ids beyond it make a record bad.
 
@@ -194,7 +195,7 @@ class Encoder:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     def _template(self, chat: Chat) -> Template:
-        if not getattr(self.tokenizer, "chat_template", None) or not self.tokenizer.is_fast:
+        if not getattr(self.tokenizer, "chat_template", None) or not getattr(self.tokenizer, "gives_offsets", self.tokenizer.is_fast):
             raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast tokenizer) to read conversations: "
                              "take the model's Instruct tokenizer, set tokenizer.chat_template, or give text")
         source = self.tokenizer.get_chat_template(tools=chat.tools)

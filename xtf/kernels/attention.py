@@ -5,11 +5,11 @@ documents of 64 to 1024 tokens, and more in half precision, where they compute i
 host's sake. On CUDA it is flash attention over varying lengths.
 
 P packs   T positions of a pack   S documents   H query heads   K key-value heads   G = H / K   d head dim
-B queries of a block   R = B * G its rows   W keys that it meets
+e head dim of values (MLA's differs from d)   B queries of a block   R = B * G its rows   W keys that it meets
 """
 import bisect
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ SMALL = 2 ** 22                 # multiplications of a call, P * T * T * H * d, 
 KEPT_KEYS = 4                   # probabilities are saved for backward where a query meets at most 4 * d keys, else computed again
 
 
-def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, *, segments: Tensor, window: int | None = None, scale: float | None = None,
+def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, window: int | None = None, scale: float | None = None,
            sinks: Tensor | None = None, cache: Any = None) -> Tensor:
-    """Causal attention in which a token sees the tokens of its own document alone. Returns o_PTHd in the dtype of q.
+    """Causal attention in which a token sees the tokens of its own document alone. Returns o_PTHe in the dtype of q.
 
     `segments` [P, S + 1] int32: cumulative document lengths, from 0, padded with T. `window` w: a query sees itself and the w - 1
     tokens before it. `scale` multiplies the scores (default d ** -0.5). `sinks` [H]: the score of one more key, with value zero, that
@@ -43,36 +43,36 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, *, segments: Tensor, 
     """
     if cache is not None:
         raise NotImplementedError("attend: cache= (decoding with a key-value cache) is not supported yet; call it without")
-    _check(q_PTHd, k_PTKd, v_PTKd, segments, window, sinks)
+    _check(q_PTHd, k_PTKd, v_PTKe, segments, window, sinks)
     if functorch_active():
-        return reference_attend(q_PTHd, k_PTKd, v_PTKd, segments=segments, window=window, scale=scale, sinks=sinks)
+        return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
     T, factor = q_PTHd.shape[1], q_PTHd.shape[-1] ** -0.5 if scale is None else float(scale)
     if q_PTHd.device.type == "cuda":
-        return _attend_cuda(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, sinks)
+        return _attend_cuda(q_PTHd, k_PTKd, v_PTKe, segments, window, factor, sinks)
     if q_PTHd.device.type != "cpu":
-        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, sinks)
+        return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, factor, sinks)
     if traced():                                                               # one operator, with formulas
-        return torch.ops.xtf.attend(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, factor)
+        return torch.ops.xtf.attend(q_PTHd, k_PTKd, v_PTKe, sinks, segments, window, factor)
     if sinks is None and T * q_PTHd.numel() <= SMALL:
-        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, factor, None)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_PTHd, k_PTKd, v_PTKd, sinks)):
-        return _Attend.apply(q_PTHd, k_PTKd, v_PTKd, sinks, segments, window, factor)  # type: ignore[return-value]
-    return _forward(q_PTHd, k_PTKd, v_PTKd, sinks, _once(segments, _blocks, T, window), factor, None)
+        return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, factor, None)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_PTHd, k_PTKd, v_PTKe, sinks)):
+        return _Attend.apply(q_PTHd, k_PTKd, v_PTKe, sinks, segments, window, factor)  # type: ignore[return-value]
+    return _forward(q_PTHd, k_PTKd, v_PTKe, sinks, _once(segments, _blocks, T, window), factor, None)
 
 
-def reference_attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, *, segments: Tensor, window: int | None = None,
+def reference_attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, window: int | None = None,
                      scale: float | None = None, sinks: Tensor | None = None) -> Tensor:
     """`attend` in plain torch, from a mask: the meaning of the fast versions, and what `torch.func` transforms see."""
     (P, T, H, d), K = q_PTHd.shape, k_PTKd.shape[2]
     wide = at_least_float32(q_PTHd.dtype)
     q_PKGTd = q_PTHd.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).to(wide)
-    k_PK1Td, v_PK1Td = (x.transpose(1, 2).unsqueeze(2).to(wide) for x in (k_PTKd, v_PTKd))
+    k_PK1Td, v_PK1Te = (x.transpose(1, 2).unsqueeze(2).to(wide) for x in (k_PTKd, v_PTKe))
     scores = q_PKGTd @ k_PK1Td.transpose(-1, -2) * (d ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~visible(segments, T, window)[:, None, None], -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(wide).view(1, K, -1, 1, 1).expand(P, -1, -1, T, 1)], -1)
     probs = scores.softmax(-1)[..., :T]
-    return (probs @ v_PK1Td).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_PTHd.dtype)
+    return (probs @ v_PK1Te).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_PTHd.dtype)
 
 
 def visible(segments: Tensor, T: int, window: int | None = None) -> Tensor:
@@ -89,8 +89,9 @@ def visible(segments: Tensor, T: int, window: int | None = None) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int | None, sinks: Tensor | None) -> None:
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2] or segments.shape[0] != q.shape[0]:
-        raise ValueError(f"attend: q {tuple(q.shape)} [P, T, H, d], k {tuple(k.shape)} and v {tuple(v.shape)} [P, T, K, d] and segments "
+    if (k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]
+            or segments.shape[0] != q.shape[0]):
+        raise ValueError(f"attend: q {tuple(q.shape)} [P, T, H, d], k {tuple(k.shape)} [P, T, K, d], v {tuple(v.shape)} [P, T, K, e] and segments "
                          f"{tuple(segments.shape)} [P, S + 1] do not fit: P, T, d must agree and K divide H")
     if window is not None and window < 1:
         raise ValueError(f"attend: window={window} hides every key; it counts the query itself, so it is at least 1 (None: no window)")
@@ -201,40 +202,40 @@ def _groups(sinks: Tensor | None, K: int) -> Tensor | None:
     return None if sinks is None else sinks.to(at_least_float32(sinks.dtype)).view(K, -1)
 
 
-def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
+def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
              kept: list[Tensor] | None) -> Tensor:
-    """o_PTHd; `kept` (if a list) receives the probabilities that backward will not have to compute again."""
-    o_PTHd, K = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), k_PTKd.shape[2]
-    q, k, v = _widened(q_PTHd, k_PTKd, v_PTKd)
+    """o_PTHe; `kept` (if a list) receives the probabilities that backward will not have to compute again."""
+    o_PTHe, K = q_PTHd.new_empty(*q_PTHd.shape[:3], v_PTKe.shape[3]), k_PTKd.shape[2]
+    q, k, v = _widened(q_PTHd, k_PTKd, v_PTKe)
     scores, buffer = _Scores(blocks, q, _groups(sinks, K), scale), None
     for b in blocks:
-        q_KBGd, k_KWd, v_KWd, o_KBGd = _queries(q, b, K), _keys(k, b), _keys(v, b), _queries(o_PTHd, b, K)
+        q_KBGd, k_KWd, v_KWe, o_KBGe = _queries(q, b, K), _keys(k, b), _keys(v, b), _queries(o_PTHe, b, K)
         keep = kept is not None and _kept(b, q.shape[-1])
         buffer = scores.room(1)[0] if buffer is None and not keep else buffer
         p_KRW = scores.probs(q_KBGd.reshape(K, -1, q.shape[-1]), k_KWd, b, None if keep else buffer)
-        o_KBGd.copy_(torch.bmm(p_KRW[..., scores.front:], v_KWd).view(q_KBGd.shape))
+        o_KBGe.copy_(torch.bmm(p_KRW[..., scores.front:], v_KWe).view(o_KBGe.shape))
         if keep:
             kept.append(p_KRW)  # type: ignore[union-attr]
-    return o_PTHd
+    return o_PTHe
 
 
-def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
+def _backward(g_PTHe: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
               kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then all probabilities are computed again."""
     dq_PTHd, K, d = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), *k_PTKd.shape[2:]
-    g, q, k, v = _widened(g_PTHd, q_PTHd, k_PTKd, v_PTKd)
+    g, q, k, v = _widened(g_PTHe, q_PTHd, k_PTKd, v_PTKe)
     dk, dv, sinks_KG = k.new_zeros(k.shape), v.new_zeros(v.shape), _groups(sinks, K)
     dsinks_KG, saved = None if sinks_KG is None else torch.zeros_like(sinks_KG), iter(kept)
     scores = _Scores(blocks, q, sinks_KG, scale)
     buffers = scores.room(2)
     for b in blocks:
-        g_KBGd, q_KBGd, dq_KBGd, k_KWd, v_KWd = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K), _keys(k, b), _keys(v, b)
-        dk_KWd, dv_KWd = _keys(dk, b), _keys(dv, b)
-        q_KRd, g_KRd = q_KBGd.reshape(K, -1, d), g_KBGd.reshape(K, -1, d)
+        g_KBGe, q_KBGd, dq_KBGd, k_KWd, v_KWe = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K), _keys(k, b), _keys(v, b)
+        dk_KWd, dv_KWe = _keys(dk, b), _keys(dv, b)
+        q_KRd, g_KRe = q_KBGd.reshape(K, -1, d), g_KBGe.reshape(K, -1, g.shape[-1])
         p_KRW = next(saved) if kept and _kept(b, d) else scores.probs(q_KRd, k_KWd, b, buffers[0])
-        dv_KWd.baddbmm_(p_KRW[..., scores.front:].transpose(1, 2), g_KRd)
+        dv_KWe.baddbmm_(p_KRW[..., scores.front:].transpose(1, 2), g_KRe)
         ds_KRW = buffers[1, :p_KRW.numel()].view(p_KRW.shape)
-        torch.bmm(g_KRd, v_KWd.transpose(1, 2), out=ds_KRW[..., scores.front:])
+        torch.bmm(g_KRe, v_KWe.transpose(1, 2), out=ds_KRW[..., scores.front:])
         if scores.front:
             ds_KRW[..., 0] = 0                                                 # a sink's value is zero
         torch._softmax_backward_data(ds_KRW, p_KRW, -1, p_KRW.dtype, grad_input=ds_KRW)
@@ -244,7 +245,7 @@ def _backward(g_PTHd: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, si
         dq_KBGd.copy_(torch.baddbmm(q_KRd, ds_KRW, k_KWd, beta=0, alpha=scale).view(q_KBGd.shape))
         dk_KWd.baddbmm_(ds_KRW.transpose(1, 2), q_KRd, alpha=scale)
     dsinks = None if sinks is None or dsinks_KG is None else dsinks_KG.view(-1).to(sinks.dtype)
-    return dq_PTHd, dk.to(k_PTKd.dtype), dv.to(v_PTKd.dtype), dsinks
+    return dq_PTHd, dk.to(k_PTKd.dtype), dv.to(v_PTKe.dtype), dsinks
 
 
 class _Attend(torch.autograd.Function):
@@ -278,7 +279,7 @@ def _op_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | Non
 
 @_op.register_fake
 def _(q, k, v, sinks, segments, window, scale):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 @_op_backward.register_fake
@@ -319,12 +320,12 @@ def attention_pairs(segments: Tensor, T: int, window: int | None = None) -> int:
 
 @register_flop_formula(torch.ops.xtf.attend, get_raw=True)
 def _flops(q, k, v, sinks, segments, window, scale, *, out_val=None, **_):
-    return 4 * attention_pairs(segments, q.shape[1], window) * q.shape[2] * q.shape[3]
+    return 2 * attention_pairs(segments, q.shape[1], window) * q.shape[2] * (q.shape[3] + v.shape[3])
 
 
 @register_flop_formula(torch.ops.xtf.attend_backward, get_raw=True)
 def _flops_backward(g, q, k, v, sinks, segments, window, scale, *, out_val=None, **_):
-    return 10 * attention_pairs(segments, q.shape[1], window) * q.shape[2] * q.shape[3]
+    return attention_pairs(segments, q.shape[1], window) * q.shape[2] * (6 * q.shape[3] + 4 * v.shape[3])
 
 
 # ---------------------------------------------------------------- accelerators
@@ -341,29 +342,72 @@ def _load_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
 VARLEN = _load_varlen() if torch.version.cuda or torch.version.hip else (None, frozenset())
 
 
-def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, segments: Tensor, window: int | None, scale: float,
+def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                  sinks: Tensor | None) -> Tensor:
     """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask."""
-    (varlen, takes), (P, T, H, d) = VARLEN, q_PTHd.shape
-    if (varlen is None or sinks is not None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256
+    (varlen, takes), (P, T, H, d), e = VARLEN, q_PTHd.shape, v_PTKe.shape[3]
+    if (varlen is None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256 or e > d
             or (window is not None and "window_size" not in takes) or (scale != d ** -0.5 and "scale" not in takes)):
-        return _attend_masked(q_PTHd, k_PTKd, v_PTKd, segments, window, scale, sinks)
+        return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, scale, sinks)
     first_P1 = torch.arange(0, P * T, T, device=segments.device, dtype=torch.int32)[:, None]
     ends = F.pad((segments[:, :-1] + first_P1).flatten(), (0, 1), value=P * T)  # documents of no token are harmless
-    q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, v_PTKd))
+    q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, F.pad(v_PTKe, (0, d - e)) if e < d else v_PTKe))
     options: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
     options |= {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in takes else {"is_causal": True}
     if "enable_gqa" in takes:
         options["enable_gqa"] = k.shape[1] != H
     else:
         k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    return varlen(q, k, v, ends, ends, T, T, **options).unflatten(0, (P, T))
+    if sinks is not None:
+        return _FlashWithSinks.apply(q, k, v, sinks, ends, T, window, scale).unflatten(0, (P, T))[..., :e]  # type: ignore[union-attr]
+    return varlen(q, k, v, ends, ends, T, T, **options).unflatten(0, (P, T))[..., :e]
 
 
-def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, segments: Tensor, window: int | None, scale: float,
+class _FlashWithSinks(torch.autograd.Function):
+    """Flash attention [N, H, d] whose softmax has one more key, of which the kernel knows nothing.
+
+    Outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs and the grown logsumexp: its
+    probabilities are exp(score - logsumexp), and what it subtracts from their gradients is grad · output, also where a key has value zero.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, ends, longest, window, scale):
+        ctx.longest, ctx.options = longest, _flash_options(window, scale)
+        o, lse_HN, *ctx.state = _flash(q, k, v, ends, longest, ctx.options)
+        total_HN = torch.logaddexp(lse_HN, sinks.float()[:, None])
+        o = (o * (lse_HN - total_HN).exp().T[..., None]).to(o.dtype)
+        ctx.save_for_backward(q, k, v, sinks, ends, o, total_HN)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        q, k, v, sinks, ends, o, total_HN = ctx.saved_tensors
+        dq, dk, dv = _flash_backward(g.contiguous(), q, k, v, o, total_HN, ends, ctx.longest, ctx.options, ctx.state)
+        dsinks = -((sinks.float()[:, None] - total_HN).exp() * (g.float() * o.float()).sum(-1).T).sum(1)
+        return dq, dk, dv, dsinks.to(sinks.dtype), None, None, None, None
+
+
+def _flash_options(window: int | None, scale: float) -> dict[str, Any]:
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    return {"is_causal": window is None, "scale": scale, **windows}
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Outputs [N, H, d], logsumexps [H, N], and two tensors of random state that backward asks for."""
+    return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, return_debug_mask=False, **options)[:4]
+
+
+def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_HN: Tensor, ends: Tensor, longest: int, options: dict[str, Any],
+                    state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    seed, unused = state
+    return torch.ops.aten._flash_attention_backward(g, q, k, v, o, lse_HN, ends, ends, longest, longest, 0.0, rng_state=seed, unused=unused,
+                                                    **options)
+
+
+def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                    sinks: Tensor | None) -> Tensor:
     if sinks is not None:
-        return reference_attend(q_PTHd, k_PTKd, v_PTKd, segments=segments, window=window, scale=scale, sinks=sinks)
+        return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
     mask = (visible(segments, q_PTHd.shape[1], window) if traced() else _once(segments, visible, q_PTHd.shape[1], window))[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q_PTHd, k_PTKd, v_PTKd))
+    q, k, v = (x.transpose(1, 2) for x in (q_PTHd, k_PTKd, v_PTKe))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

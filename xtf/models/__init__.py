@@ -4,15 +4,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from xtf.models import llama, qwen2, qwen3
+import msgspec
 
-__all__ = ["from_hf", "llama", "qwen2", "qwen3"]
+from xtf.hf import tensors
+from xtf.models import deepseek_v3, gpt_oss, llama, qwen2, qwen3, qwen3_moe
+from xtf.parallel.mesh import is_main
 
-FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}                  # config.json's model_type
+__all__ = ["deepseek_v3", "from_hf", "gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe"]
+
+FAMILIES = {                                                                 # config.json's model_type
+    "llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "deepseek_v3": deepseek_v3,
+    "kimi_k2": deepseek_v3,                                                  # the same model with other numbers
+}
 
 
 def from_hf(path: str | Path) -> tuple[ModuleType, Any]:
     """The family's module and the decoded config of a Hugging Face directory.
+
+    Parts that config.json announces and whose tensors are not among the directory's (MTP modules of DeepSeek V3) are left out of the config,
+    and rank 0 prints so.
 
     Raises FileNotFoundError if the directory has no config.json, and ValueError naming the file and the field if the family is not
     one of ours or a field is unknown or not supported.
@@ -36,6 +46,13 @@ def from_hf(path: str | Path) -> tuple[ModuleType, Any]:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     module = FAMILIES[family]
     try:
-        return module, module.config(hf)
+        cfg = module.config(hf)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
+    if not hasattr(module, "fit") or not any(file.parent.glob("*.safetensors")):
+        return module, cfg
+    fitted = module.fit(cfg, tensors(path))
+    dropped = [f"{field}={was!r}" for field, was in msgspec.structs.asdict(cfg).items() if getattr(fitted, field) != was]
+    if dropped and is_main():
+        print(f"{file}: it announces {', '.join(dropped)}, but the directory has no tensors for that; going on without", flush=True)
+    return module, fitted

@@ -2,6 +2,7 @@
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling` with `type`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
 """
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,10 +11,11 @@ from xtf import nn
 
 C = TypeVar("C", bound=msgspec.Struct)
 
-# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching, generation.
+# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching, generation, and whether
+# transformers adds a balancing loss to its own (`output_router_logits`; here the training step says what the loss is).
 NO_EFFECT = frozenset("""
     model_type architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype torchscript use_bfloat16
-    use_cache return_dict output_attentions output_hidden_states tie_last_hidden_states keys_to_ignore_at_inference
+    use_cache return_dict output_attentions output_hidden_states output_router_logits tie_last_hidden_states keys_to_ignore_at_inference
     attn_implementation _attn_implementation _attn_implementation_autoset chunk_size_feed_forward is_llama_config transformers.js_config
     unsloth_fixed unsloth_version bos_token_id eos_token_id sep_token_id decoder_start_token_id tokenizer_class
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
@@ -29,7 +31,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_dropout": ((0.0, None), "attention has no dropout here; set it to 0.0"),
     "pretraining_tp": ((1, None), "it only reorders sums; set it to 1"),
     "partial_rotary_factor": ((1.0, None), "these families rotate whole heads; remove it"),
-    "quantization_config": ((None,), "the weights are quantised; save a dequantised checkpoint (transformers: dequantize=True) and load that"),
     "per_layer_config": ((None, {}), "layers with configurations of their own are not supported"),
     "rope_interleaved": ((False, None), "only rotation by halves is supported"),
     "use_mrope": ((False, None), "multimodal positions belong to the vision families"),
@@ -44,11 +45,12 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"})
 
 
-def decode(cls: type[C], hf: dict, **resolved: Any) -> C:
+def decode(cls: type[C], hf: dict, no_effect: Iterable[str] = (), **resolved: Any) -> C:
     """A family's `Config` from the dict of a config.json.
 
     `cls` has a field for each that is honoured, named as there (those of the rotary embedding together in `rope`); `resolved` are
-    values worked out by the family. Missing fields take the defaults of `cls`, which are those of transformers' class.
+    values worked out by the family; `no_effect` names fields that change nothing in it. Missing fields take the defaults of `cls`, which
+    are those of transformers' class.
 
     Raises ValueError naming the field if it is unknown, of a value that is not supported, or of a wrong type.
     """
@@ -56,8 +58,11 @@ def decode(cls: type[C], hf: dict, **resolved: Any) -> C:
     for name, (harmless, advice) in ONLY.items():
         if name in hf and hf[name] not in harmless:
             raise ValueError(f"{family} config: {name}={hf[name]!r} is not supported: {advice}")
+    if not readable(hf.get("quantization_config")):
+        raise ValueError(f"{family} config: quantization_config={hf['quantization_config']!r} is not supported: float8 in blocks (quant_method "
+                         "fp8 with a weight_block_size and dynamic activations) and mxfp4 are; save a dequantised checkpoint and load that")
     fields = {f.name for f in msgspec.structs.fields(cls)} - {"rope"}
-    unknown = sorted(set(hf) - fields - NO_EFFECT - set(ONLY) - ROPE)
+    unknown = sorted(set(hf) - fields - NO_EFFECT - set(no_effect) - set(ONLY) - ROPE - {"quantization_config"})
     if unknown:
         raise ValueError(f"{family} config: unknown field {', '.join(unknown)}: it may change what the model computes; if it does not, "
                          "remove it from config.json")
@@ -69,6 +74,32 @@ def decode(cls: type[C], hf: dict, **resolved: Any) -> C:
     except (msgspec.ValidationError, ValueError) as e:
         raise ValueError(f"{family} config: {str(e).replace('$.', '')}") from None
     return cfg
+
+
+def readable(quantization: Any) -> bool:
+    """Whether `xtf.hf.load` can dequantise what this quantization_config describes; None is what is not quantised.
+
+    >>> readable({"quant_method": "mxfp4"}), readable({"quant_method": "gptq"})
+    (True, False)
+    """
+    match quantization:
+        case None | {"quant_method": "mxfp4"}:
+            return True
+        case {"quant_method": "fp8", "weight_block_size": [int(), int()]}:
+            return (quantization.get("fmt", "e4m3"), quantization.get("activation_scheme", "dynamic")) == ("e4m3", "dynamic")
+    return False
+
+
+def one_spelling(hf: dict, name: str, *others: str) -> dict:
+    """The config with a field of several names under `name` alone. Raises ValueError where two of them differ.
+
+    >>> one_spelling({"num_local_experts": 8}, "num_experts", "num_local_experts")
+    {'num_experts': 8}
+    """
+    given = {field: hf[field] for field in (name, *others) if field in hf}
+    if any(value != next(iter(given.values())) for value in given.values()):
+        raise ValueError(f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are two names of one thing; remove one of them")
+    return {k: v for k, v in hf.items() if k not in given} | dict.fromkeys([name] * bool(given), next(iter(given.values()), None))
 
 
 def decode_rope(hf: dict, max_position_embeddings: int) -> nn.AnyRope:
@@ -123,6 +154,9 @@ def check(cfg: Any) -> None:
         raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported; supported are {', '.join(nn.ACTIVATIONS)}")
     if cfg.pad_token_id is not None and not -cfg.vocab_size <= cfg.pad_token_id < cfg.vocab_size:
         raise ValueError(f"pad_token_id={cfg.pad_token_id} is outside the vocabulary of {cfg.vocab_size}; correct it or remove it")
+    router = getattr(cfg, "router", None)
+    if router is not None and router.top_k > router.num_experts:
+        raise ValueError(f"num_experts_per_tok={router.top_k} is more than there are experts, {router.num_experts}")
     if isinstance(cfg.rope, nn.LongRope):
         for name in ("short_factor", "long_factor"):
             if len(getattr(cfg.rope, name)) != cfg.head_dim // 2:

@@ -20,9 +20,10 @@ def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch
     """The logits of ragged sequences and the gradients of their summed next-token loss, by a Hugging Face directory's model.
 
     `sequences` are lists of token ids, packed into one batch; parameters have `dtype`. `layout` is None (one process), mesh sizes
-    (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp) or a `Layout`; it runs on real ranks of a process pool.
+    (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp, experts on ep) or a `Layout`; it runs on real ranks of a process pool.
 
-    Returns a list of [len, vocab] logits, and gradients by the name that each tensor has in the directory's files, whole, on the CPU.
+    Returns a list of [len, vocab] logits, and gradients by the name that each tensor has in the directory's files (in bf16 directories,
+    where it is quantised), whole, on the CPU.
 
     Raises ValueError for an empty sequence or a token outside the vocabulary.
     """
@@ -82,8 +83,11 @@ def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tup
         return logits, grads
 
     m = shared_mesh(layout.mesh)
-    run = shard(probe, *replace(layout, donate=False).transforms(), mesh=m, specs=module.specs(cfg, dtype=dtype))
+    specs = module.specs(cfg, dtype=dtype)
+    on_ep = "ep" in layout.sizes and any("expert" in p.axes for p in tree.leaves(specs))
+    layout = replace(layout, donate=False, experts=layout.experts or "ep" * on_ep)
+    run = shard(probe, *layout.transforms(), mesh=m, specs=specs)
     logits, grads = run(hf.load(path, run.specs, names, run.layout), cut(batch, m))
-    grads = {names[leaf]: whole(g) for leaf, g in tree.flatten_with_path(grads) if g is not None}
+    grads = {name: x for leaf, g in tree.flatten_with_path(grads) if g is not None for name, x in hf.file_tensors(names, leaf, whole(g)).items()}
     return logits.detach().cpu(), grads if m is None or m.get_rank() == 0 else None
 

@@ -1,0 +1,189 @@
+"""GPT-OSS: attention with sinks, in every other layer under a window, and experts with biases and a clamped swiglu (arXiv 2508.10925).
+
+P packs   t positions here   S documents   D hidden   d head dim   V vocabulary   N (token, expert) pairs   F expert width   K experts of a token
+"""
+from collections.abc import Generator, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+
+from xtf import moe, nn
+from xtf.data.batch import Batch
+from xtf.hf import Transposed
+from xtf.models import qwen3, qwen3_moe
+from xtf.models.config import decode, default_head_dim, layer_windows, num_kv_heads, one_spelling
+from xtf.ops import LOCAL, Ops
+from xtf.spec import Normal, Param
+
+NAMES = (
+    *qwen3.NAMES,
+    ("layers.{i}.sinks.weight", "model.layers.{i}.self_attn.sinks"),
+    ("layers.{i}.router", "model.layers.{i}.mlp.router"),
+    ("layers.{i}.experts.gate_up.weight", Transposed("model.layers.{i}.mlp.experts.gate_up_proj")),
+    ("layers.{i}.experts.gate_up.bias", "model.layers.{i}.mlp.experts.gate_up_proj_bias"),
+    ("layers.{i}.experts.down.weight", Transposed("model.layers.{i}.mlp.experts.down_proj")),
+    ("layers.{i}.experts.down.bias", "model.layers.{i}.mlp.experts.down_proj_bias"),
+)
+THETA, YARN = 150000.0, {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+                         "original_max_position_embeddings": 4096}
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of config.json that are honoured, with the defaults of transformers' GptOssConfig; windows are resolved.
+
+    `router_aux_loss_coef` is for the training step: what `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
+    that `swiglu_alpha` and `swiglu_limit` describe.
+    """
+    vocab_size: nn.Size = 201088
+    hidden_size: nn.Size = 2880
+    intermediate_size: nn.Size = 2880
+    num_hidden_layers: nn.Size = 36
+    num_attention_heads: nn.Size = 64
+    num_key_value_heads: nn.Size = 8
+    head_dim: nn.Size = 64
+    hidden_act: str = "silu"
+    max_position_embeddings: nn.Size = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    rope: nn.AnyRope = nn.YarnRope(rope_theta=THETA, factor=32.0, original_max_position_embeddings=4096, truncate=False)
+    attention_bias: bool = True
+    sliding_window: nn.Size | None = 128
+    layer_types: tuple[str, ...] | None = None
+    num_local_experts: nn.Size = 128
+    num_experts_per_tok: nn.Size = 4
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    router_aux_loss_coef: float = 0.001
+    pad_token_id: int | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer how many tokens a query sees, itself included; None where that is its whole document."""
+        return layer_windows(self)
+
+    @property
+    def router(self) -> moe.Router:
+        return moe.Router(self.num_local_experts, self.num_experts_per_tok, "softmax_top_k")
+
+
+def config(hf: dict) -> Config:
+    """From the dict of a config.json, OpenAI's own names (`experts_per_token`, `initial_context_length`) among them.
+
+    Raises ValueError naming the field that is unknown, not supported or of a wrong type.
+
+    >>> config({"num_hidden_layers": 3}).windows
+    (128, None, 128)
+    """
+    hf = one_spelling(one_spelling(hf, "num_local_experts", "num_experts"), "num_experts_per_tok", "experts_per_token")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"gpt_oss config: hidden_act={hf['hidden_act']!r} is not supported: its experts have a swiglu of their own; set it to silu")
+    hf = {"rope_theta": THETA, "head_dim": 64} | hf
+    if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
+        hf |= {"rope_parameters": YARN}
+    cfg = decode(Config, hf, ["initial_context_length"], num_key_value_heads=num_kv_heads(hf, 8, 64), head_dim=default_head_dim(hf, 2880, 64))
+    types = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(cfg.num_hidden_layers))
+    cfg = msgspec.structs.replace(cfg, layer_types=types if cfg.layer_types is None else cfg.layer_types)
+    layer_windows(cfg)
+    return cfg
+
+
+def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
+    """The description of every parameter; `head` is absent where embeddings are tied. Rows of `gate_up` are gate and up in turns.
+
+    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1})
+    >>> specs(cfg)["layers"][0]["experts"]["gate_up"]["bias"].shape
+    (128, 5760)
+    """
+    product, norm = partial(nn.product, cfg=cfg, dtype=dtype), partial(nn.scale, dtype=dtype)
+    D, d, F, E = cfg.hidden_size, cfg.head_dim, cfg.intermediate_size, cfg.num_local_experts
+    q, kv = cfg.num_attention_heads * d, cfg.num_key_value_heads * d
+
+    def layer() -> dict:
+        return {
+            "attn_norm": norm(D, "embed"),
+            "q": product(q, D, ("heads", "embed"), bias=cfg.attention_bias),
+            "k": product(kv, D, ("kv_heads", "embed"), bias=cfg.attention_bias),
+            "v": product(kv, D, ("kv_heads", "embed"), bias=cfg.attention_bias),
+            "o": product(D, q, ("embed", "heads"), bias=cfg.attention_bias),
+            "sinks": {"weight": Param((cfg.num_attention_heads,), dtype, ("heads",), Normal(cfg.initializer_range))},
+            "mlp_norm": norm(D, "embed"),
+            "router": product(E, D, ("router", "embed"), bias=True),
+            "experts": {
+                "gate_up": product(2 * F, D, ("mlp", "embed"), bias=True, num_experts=E),
+                "down": product(D, F, ("embed", "mlp"), bias=True, num_experts=E),
+            },
+        }
+
+    table = lambda: product(cfg.vocab_size, D, ("vocab", "embed"))
+    params = {"embed": table(), "layers": [layer() for _ in range(cfg.num_hidden_layers)], "norm": norm(D, "embed")}
+    return params if cfg.tie_word_embeddings else params | {"head": table()}
+
+
+def names(cfg: Config) -> dict[str, str]:
+    """Each parameter's path → its name in the checkpoint, where the experts' weights are [E, in, out].
+
+    >>> names(config({"num_hidden_layers": 1}))["layers.0.experts.down.weight"]
+    'model.layers.0.mlp.experts.down_proj'
+    """
+    return nn.hf_names(NAMES, specs(cfg))
+
+
+def experts(p: dict, rows: Any, ops: Ops, cfg: Config) -> torch.Tensor:
+    """down((up x + 1) * gate x * sigmoid(alpha gate x)) of every row, up and gate clamped, times the row's weight.
+
+    The weight comes last, since `down` has a bias. Source: transformers' GptOssExperts.
+    """
+    gate_up_NG = ops.grouped_linear(rows.x_ND, p["gate_up"], rows.offsets_E, ("embed", "mlp"))
+    gate_NF = gate_up_NG[:, 0::2].clamp(max=cfg.swiglu_limit)
+    up_NF = gate_up_NG[:, 1::2].clamp(-cfg.swiglu_limit, cfg.swiglu_limit)
+    hidden_NF = (up_NF + 1) * gate_NF * torch.sigmoid(cfg.swiglu_alpha * gate_NF)
+    y_ND = ops.grouped_linear(hidden_NF, p["down"], rows.offsets_E, ("mlp", "embed"))
+    return (y_ND * rows.weights_N[:, None]).to(y_ND.dtype)
+
+
+@moe.staged
+def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, documents_Pt: torch.Tensor,
+          *, xs: tuple[int | None, torch.Tensor | None], cfg: Config, ops: Ops) -> Generator:
+    """One layer; `xs` is its window and the recorded choice of experts to replay, if any."""
+    window, routes_PtK = xs
+    x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, window, cfg, ops)
+    yield from moe.layer(p, nn.norm(x_PtD, p["mlp_norm"], cfg), documents_Pt, segments_PS.shape[1] - 1, cfg.router, ops,
+                         onto=x_PtD, experts=partial(experts, cfg=cfg), routes=routes_PtK)
+
+
+decoder = partial(qwen3_moe.decoder, block=block)
+
+
+def hidden(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
+    """Hidden states after the final norm, [P, t, D]."""
+    return nn.final_norm(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
+
+
+def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
+    """Logits, [P, t, V]."""
+    return nn.logits(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
+
+
+def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
+    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made in forward."""
+    return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0], batch.labels, batch.loss_mask, cfg, ops)
+
+
+def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
+                     routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
+    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer (as `Routing.experts`), replays recorded choices."""
+    x_PtD, routed = decoder(params, batch, cfg, ops, routes)
+    return nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops), moe.gather(routed)
+
+
+def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
+    """-log p(label) of every token, [P, t]; logits exist a chunk at a time, and once more in backward."""
+    return nn.token_nll(params, decoder(params, batch, cfg, ops)[0], batch.labels, cfg, ops)
+
+
+def flops(cfg: Config, lengths: Sequence[int]) -> float:
+    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward pass."""
+    return nn.flops(specs(cfg), cfg, cfg.windows, lengths)
