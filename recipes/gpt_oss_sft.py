@@ -30,7 +30,8 @@ def train(flags: Flags, run: Run) -> None:
         raise ValueError(f"--model {flags.model}: {model.__name__} is not a GPT-OSS; use the recipe of its family")
     schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
     tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
-    watch, coefficient = guard(), cfg.router_aux_loss_coef if flags.balance is None else flags.balance
+    watch = guard()
+    coefficient = cfg.router_aux_loss_coef * cfg.output_router_logits if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -290,8 +290,12 @@ class Exporter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, path: str | Path, params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None) -> None:
-        """Start `hf.save(path, params, names, like)`; returns when the parameters are copied. Raises what the previous one raised."""
+    def save(self, path: str | Path, params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None,
+             quantise: Literal["fp8"] | None = None) -> None:
+        """Start `hf.save(path, params, names, like, quantise=quantise)`; returns when the parameters are copied.
+
+        Raises what the previous one raised.
+        """
         self.wait()
         copied = tree.map_with_path(self._copy, params)
         if any(local(x).device.type != "cpu" for x in tree.leaves(params)):
@@ -299,7 +303,7 @@ class Exporter:
 
         def work() -> None:
             try:
-                hf.save(path, copied, names, like)
+                hf.save(path, copied, names, like, quantise=quantise)
             except BaseException as e:
                 self._error = e
         self._thread = threading.Thread(target=work, name="export")

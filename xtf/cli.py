@@ -81,6 +81,8 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """... and the one with the least held-out loss."""
     export_every: int = 0
     """Write the model to OUT/hf-STEP every so many steps, in the background."""
+    export_fp8: bool = False
+    """Export matrices in block FP8, as DeepSeek's are; without it a quantised --model comes out in bf16."""
     train_on_everything: bool = False
     """Every token carries loss, not just the assistant's."""
     on_bad_line: Literal["raise", "skip"] = "raise"
@@ -106,7 +108,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
 class ExpertFlags(Flags, kw_only=True, frozen=True):
     """Flags of recipes for models with experts: those of fine-tuning, and these."""
     balance: float | None = None
-    """What the balancing loss is multiplied by; by default the config's router_aux_loss_coef."""
+    """What the balancing loss is multiplied by; by default what the config asks for (mostly nothing)."""
     balance_over: Literal["document", "batch", "pack"] = "document"
     """Experts are to be used evenly within each document, over the whole batch (by the step before), or within each pack."""
     z_loss: float = 0.0

@@ -264,15 +264,15 @@ def sums(routing: Routing) -> dict[str, torch.Tensor]:
 
 
 def no_counts(specs: tree.Tree) -> torch.Tensor:
-    """Counts of no step yet, float32 zeros [L, E] on the device: what `TrainState.extra` begins with for `balance(over="batch")`.
+    """Counts of no step yet, zeros [L, E] in at least float32 on the device: what `TrainState.extra` begins with for `balance(over="batch")`.
 
     >>> from xtf.spec import Param
     >>> router = {"router": {"weight": Param((4, 8), torch.float32, ("router", "embed"))}}
     >>> no_counts({"layers": [{}, router, router]}).shape
     torch.Size([2, 4])
     """
-    experts = [p.shape[0] for path, p in tree.flatten_with_path(specs) if path.endswith("router.weight")]
-    return torch.zeros(len(experts), experts[0], device=device.device())
+    routers = [p for path, p in tree.flatten_with_path(specs) if path.endswith("router.weight")]
+    return torch.zeros(len(routers), routers[0].shape[0], dtype=at_least_float32(routers[0].dtype), device=device.device())
 
 
 def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

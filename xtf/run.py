@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch.distributed as dist
@@ -63,6 +63,7 @@ class Run:
         self._before: Mapping[str, Any] = {}
         self.profiled = profile.steps(flags.profile, self.out)
         self._advice = guard(patience=flags.max_skipped).advice
+        self._quantise: Literal["fp8"] | None = "fp8" if flags.export_fp8 else None
 
     def __enter__(self) -> "Run":
         process.die_with_launcher()
@@ -179,7 +180,7 @@ class Run:
             self._done(f"save after step {i}")
         if flags.export_every and i % flags.export_every == 0 and not heard:
             self._exporter = self._exporter or Exporter()
-            self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, like=flags.model)
+            self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, flags.model, self._quantise)
         if heard:
             self._checkpoints.close()
             cli.say(f"{signal.Signals(heard).name}: {self.out}/checkpoints/{i} is saved; the same command with --resume auto goes on")
@@ -193,7 +194,7 @@ class Run:
             raise GaveUp(f"step {self.flags.steps}: {why}")
         if self.flags.lora:
             peft.save(self.out / "adapter", params, self.names, cli.adapter(self.flags), self.flags.model)
-        hf.save(self.out / "hf", self._merged(params), self.names, like=self.flags.model)
+        hf.save(self.out / "hf", self._merged(params), self.names, like=self.flags.model, quantise=self._quantise)
         process.on_main(lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
         cli.say(f"{self.out}/hf: the model, as transformers loads it")
 

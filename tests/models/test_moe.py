@@ -285,7 +285,7 @@ OTHER = {
     "head_dim": 10, "max_position_embeddings": 5, "initializer_range": 0.5, "rms_norm_eps": 0.25, "tie_word_embeddings": True,
     "use_sliding_window": True, "decoder_sparse_step": 2, "mlp_only_layers": (1,), "moe_intermediate_size": 9, "num_experts": 40,
     "num_local_experts": 40, "num_experts_per_tok": 5, "norm_topk_prob": True, "router_aux_loss_coef": 0.5, "pad_token_id": 4, "swiglu_alpha": 1.0,
-    "swiglu_limit": 2.0,
+    "swiglu_limit": 2.0, "output_router_logits": True,
 }
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,

@@ -11,11 +11,10 @@ from xtf import nn
 
 C = TypeVar("C", bound=msgspec.Struct)
 
-# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching, generation, and whether
-# transformers adds a balancing loss to its own (`output_router_logits`; here the training step says what the loss is).
+# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching, generation.
 NO_EFFECT = frozenset("""
     model_type architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype torchscript use_bfloat16
-    use_cache return_dict output_attentions output_hidden_states output_router_logits tie_last_hidden_states keys_to_ignore_at_inference
+    use_cache return_dict output_attentions output_hidden_states tie_last_hidden_states keys_to_ignore_at_inference
     attn_implementation _attn_implementation _attn_implementation_autoset chunk_size_feed_forward is_llama_config transformers.js_config
     unsloth_fixed unsloth_version bos_token_id eos_token_id sep_token_id decoder_start_token_id tokenizer_class
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix

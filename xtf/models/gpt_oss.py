@@ -33,7 +33,8 @@ THETA, YARN = 150000.0, {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of config.json that are honoured, with the defaults of transformers' GptOssConfig; windows are resolved.
 
-    `router_aux_loss_coef` is for the training step: what `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
+    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and what
+    `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
     that `swiglu_alpha` and `swiglu_limit` describe.
     """
     vocab_size: nn.Size = 201088
@@ -56,6 +57,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     num_experts_per_tok: nn.Size = 4
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
+    output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
     pad_token_id: int | None = None
 

@@ -27,7 +27,8 @@ NAMES = (
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of config.json that are honoured, with the defaults of transformers' Qwen3MoeConfig; the window is resolved.
 
-    `router_aux_loss_coef` is for the training step: what `xtf.moe.balance` is multiplied by.
+    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and what
+    `xtf.moe.balance` is multiplied by.
     """
     vocab_size: nn.Size = 151936
     hidden_size: nn.Size = 2048
@@ -51,6 +52,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     num_experts: nn.Size = 128
     num_experts_per_tok: nn.Size = 8
     norm_topk_prob: bool = False
+    output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
     pad_token_id: int | None = None
 
