@@ -15,12 +15,13 @@ from tests.laws.test_lora import learnt
 from xtf import tree
 from xtf.data import Batch
 from xtf.data.batch import cut
+from xtf.kernels import swiglu
 from xtf.parallel import Overflow, ep, fsdp, static
 from xtf.parallel.collectives import record
 from xtf.testing import Layout, layouts, token_batches
 from xtf.testing.laws import compare, shared_mesh, whole
 from xtf.testing.pool import pool
-from xtf.transforms import jit, overlap
+from xtf.transforms import jit, overlap, remat
 
 BOUND = 1e-11              # float64: 2^-53 × the drawn sums' few thousand terms, as a part of each leaf's largest value
 
@@ -243,3 +244,82 @@ def test_odd_packs_cannot_overlap():
 def test_experts_that_do_not_divide():
     with pytest.raises(ValueError, match=r"ep splits 'expert' of 4 over ep=3, which does not divide it"):
         on_ranks(3, bytes_and_routes, a_batch(6), (("ep", 3),))
+
+
+def home_messages(batch, mesh_sizes, remat_too):
+    """The all-to-alls of one `value_and_grad` of one layer."""
+    module, cfg, specs, _ = M.family("qwen3_moe")
+    specs, cfg = {**specs, "layers": specs["layers"][:1]}, msgspec.structs.replace(cfg, num_hidden_layers=1)
+
+    def probe(params, batch, ops):
+        with record() as sent:
+            xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params, batch, ops)
+        return sum(s.kind == "all_to_all" for s in sent)
+    m = shared_mesh(mesh_sizes)
+    run = xtf.shard(probe, ep("ep"), *([remat()] if remat_too else []), mesh=m, specs=specs)
+    return run(xtf.init(run.specs, 0, run.layout), cut(batch, m))
+
+
+def test_recomputation_sends_rows_again_but_neither_counts_nor_the_way_home():
+    """Counts, ids, rows, weights, home; backward home, rows, weights. With remat: ids, rows and weights once more."""
+    assert on_ranks(2, home_messages, a_batch(), (("ep", 2),), False) == [8, 8]
+    assert on_ranks(2, home_messages, a_batch(), (("ep", 2),), True) == [11, 11]
+
+
+def kept_for_backward(batch, mesh_sizes, routes_of):
+    """Bytes that one layer's forward pass keeps on this rank, and the pairs it computed."""
+    module, cfg, specs, _ = M.family("qwen3_moe")
+    specs, cfg = {**specs, "layers": specs["layers"][:1]}, msgspec.structs.replace(cfg, num_hidden_layers=1)
+    pairs = []
+
+    def counted():
+        def wrap(ops, env):
+            def combine(y_ND, rows):
+                pairs.append(len(y_ND))
+                return ops.combine(y_ND, rows)
+            return replace(ops, combine=combine)
+        return xtf.Transform("counted", 26, wrap)
+
+    def probe(params, batch, ops):
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        def share(params, batch, ops):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                return module.loss_and_routing(params, batch, cfg, ops, [routes_of(batch.input_ids)])[0]
+        was, swiglu.SMALL = swiglu.SMALL, 0                                  # so few numbers would go through torch's own backward, which keeps more
+        loss, _ = xtf.value_and_grad(share)(params, batch, ops)
+        swiglu.SMALL = was
+        return sum(kept.values()), pairs[0], loss.item()
+    m = shared_mesh(mesh_sizes)
+    run = xtf.shard(probe, *([ep("ep")] if mesh_sizes else []), counted(), mesh=m, specs=specs)
+    return run(xtf.init(run.specs, 0, run.layout), cut(batch, m))
+
+
+def evenly(ids_PT):
+    """Each token goes to one expert of either half."""
+    at_PT = torch.arange(ids_PT.numel()).view(ids_PT.shape) % 2
+    return torch.stack([at_PT, 2 + at_PT], -1)
+
+
+def to_the_first_half(ids_PT):
+    return torch.tensor([0, 1]).expand(*ids_PT.shape, 2)
+
+
+def test_an_even_and_a_lopsided_step_keep_what_the_docs_say():
+    """The fullest of R ranks computes R times its even share; a pair keeps D + 3F numbers and its weight; nothing is dropped, losses are equal."""
+    cfg, batch = M.family("qwen3_moe")[1], a_batch()
+    D, width, tokens = cfg.hidden_size, cfg.moe_intermediate_size, int(batch.lengths.sum())
+    even = on_ranks(2, kept_for_backward, batch, (("ep", 2),), evenly)
+    lopsided = on_ranks(2, kept_for_backward, batch, (("ep", 2),), to_the_first_half)
+    assert [pairs for _, pairs, _ in even] == [tokens, tokens] and [pairs for _, pairs, _ in lopsided] == [2 * tokens, 0]
+    here = [int(batch.lengths[r::2].sum()) for r in range(2)]
+    for (before, _, _), (after, _, _), more, tokens_here in zip(even, lopsided, (tokens, -tokens), here, strict=True):
+        # less, for each row that is sent no longer, a byte for each of its 2 ids
+        assert after - before == more * (D + 3 * width + 1) * 8 - tokens_here * 2
+    for routes, ranks in ((evenly, even), (to_the_first_half, lopsided)):
+        alone = kept_for_backward(batch, (), routes)
+        assert [loss for *_, loss in ranks] == pytest.approx([alone[2]] * 2, rel=1e-13)

@@ -209,18 +209,6 @@ class Wait(torch.autograd.Function):
         return g.new_zeros(()).expand(g.shape), None         # autograd wants the arrival's shape: a placeholder without memory
 
 
-class Home(torch.autograd.Function):
-    """`collect` that saves nothing through autograd's hooks, so that checkpoint's recomputation ends before the message home."""
-    @staticmethod
-    def forward(ctx, y_PD, src_P, where_TK):
-        ctx.index = src_P, where_TK
-        return collect(y_PD, src_P, where_TK)
-
-    @staticmethod
-    def backward(ctx, g_TD):
-        return spread(g_TD, *ctx.index), None, None
-
-
 def count(experts_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How many pairs each expert gets, [E] int64; -1 is nobody."""
     at = torch.where(experts_TK >= 0, experts_TK, num_experts).flatten()
@@ -306,7 +294,7 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
 
     def home(flight: Any) -> torch.Tensor:
         y_PD, message, rows = flight
-        return Home.apply(Wait.apply(y_PD, message), rows.src_P, rows.where_TK)  # pyright: ignore[reportReturnType]
+        return collect(Wait.apply(y_PD, message), rows.src_P, rows.where_TK)  # pyright: ignore[reportArgumentType]
 
     moves = {"plan": plan, "dispatch": dispatch, "arrive": arrive, "combine": combine, "home": home}
     return replace(ops, **{name: torch.compiler.disable(move) for name, move in moves.items()},            # sizes that depend on values
