@@ -65,16 +65,16 @@ def native_bf16() -> bool:
 
 def has_fused_adamw(where: torch.device) -> bool:
     """Whether torch's fused AdamW kernel runs on that device (torch-npu brings none)."""
-    return where.type in ("cpu", "cuda")
+    return where.type in ("cpu", "cuda", "meta")
 
 
-def host_copy(make: Callable[[], torch.Tensor], work: Any) -> Callable[[], torch.Tensor]:
+def host_copy(make: Callable[[], torch.Tensor], work: Any, where: torch.device) -> Callable[[], torch.Tensor]:
     """Start bringing `make()`, which needs what `work` brings, to the host; the function returned waits for it.
 
     On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without waiting for what was
-    launched since. On CPU there is nothing to hide.
+    launched since. On CPU (and for tensors that are only planned for, on meta) there is nothing to hide.
     """
-    if device().type == "cpu":
+    if where.type in ("cpu", "meta"):
         def wait() -> torch.Tensor:
             work.wait()
             return make()
@@ -140,6 +140,17 @@ def _measured_peak(dtype: torch.dtype, threads: int) -> float:
         synchronize()
         times.append(time.perf_counter() - start)
     return 2 * n**3 / min(times[1:])
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process's device has (the machine's on CPU).
+
+    >>> total_memory() > 10**8
+    True
+    """
+    if device().type != "cpu":
+        return torch.accelerator.get_memory_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_gb() -> float:

@@ -23,12 +23,17 @@ class Taken:
     def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
         if (dtype is None or g.dtype == dtype) and g.is_contiguous():
-            owners = self.owners.setdefault(g.untyped_storage().data_ptr(), [])
-            start, end = (g.data_ptr(), g.data_ptr() + g.nbytes) if owners else (0, 0)
-            if not any(start < o.data_ptr() + o.nbytes and o.data_ptr() < end for o in owners):
+            owners = self.owners.setdefault(g.untyped_storage()._cdata, [])              # the storage itself: fake tensors have no addresses
+            if not any(_span(g)[0] < _span(o)[1] and _span(o)[0] < _span(g)[1] for o in owners):
                 owners.append(g)
                 return g
         return g.to(dtype or g.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a contiguous tensor occupies."""
+    start = int(x.storage_offset()) * x.itemsize
+    return start, start + x.nbytes
 
 
 def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.Tree]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tyro
 
-from xtf import cli, parity, report
+from xtf import cli, parity, plan, report
 from xtf.layout import parse_mesh
 from xtf.testing import pool
 
@@ -83,6 +84,11 @@ def check(command: str, file: Path) -> None:
         assert parity.main([str(file.parent / "missing") if w == "DIR" else w for w in words[3:]]) == 1    # an unknown flag exits with 2
     elif words[:3] == ["python", "-m", "xtf.report"]:
         assert report.main([str(file.parent / "missing") if w == "OUT" else w for w in words[3:]]) == 1
+    elif words[:3] == ["python", "-m", "xtf.plan"]:
+        flags = tyro.cli(plan.Flags, args=words[3:])
+        assert flags.world % math.prod(parse_mesh(flags.mesh).values()) == 0, command
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert (ROOT / words[1]).is_file() and len(words) == 2, command
     elif words[0] in ("python", "torchrun"):
         at = next(i for i, w in enumerate(words) if w.endswith(".py"))
         assert words[at].startswith("recipes/") and (ROOT / words[at]).is_file(), command

@@ -1,5 +1,6 @@
 """Kernels: one file each, with a reference in plain torch beside the fast version."""
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def functorch_active() -> bool:
@@ -8,8 +9,25 @@ def functorch_active() -> bool:
 
 
 def traced() -> bool:
-    """Whether torch.compile or a mode (FlopCounterMode, FakeTensorMode, ...) looks at operators: it is shown those that have formulas."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch.compile or a mode (FlopCounterMode, ...) looks at operators: it is shown those that have formulas.
+
+    FakeTensorMode alone is shown what runs without it, so that `xtf.plan` counts the memory inside a kernel too.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > _faking()
+
+
+def _faking() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_fake(x: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no numbers (`xtf.plan`): nothing may be read from it, no kernel be launched on it."""
+    return isinstance(x, FakeTensor)
+
+
+def as_cuda(x: torch.Tensor) -> bool:
+    """Whether what is made for CUDA computes this tensor: on the device `meta` stands a GPU that is only planned for."""
+    return x.device.type in ("cuda", "meta")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtf.kernels import at_least_float32, functorch_active, traced
+from xtf.kernels import as_cuda, at_least_float32, functorch_active, traced
 
 Tensor = torch.Tensor
 BLOCK = 64                      # queries of a block: 32 loses at long documents, 128 wastes a diagonal twice as wide
@@ -47,7 +47,7 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, 
     if functorch_active():
         return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
     T, factor = q_PTHd.shape[1], q_PTHd.shape[-1] ** -0.5 if scale is None else float(scale)
-    if q_PTHd.device.type == "cuda":
+    if as_cuda(q_PTHd):
         return _attend_cuda(q_PTHd, k_PTKd, v_PTKe, segments, window, factor, sinks)
     if q_PTHd.device.type != "cpu":
         return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, factor, sinks)
@@ -345,7 +345,7 @@ VARLEN = _load_varlen() if torch.version.cuda or torch.version.hip else (None, f
 def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                  sinks: Tensor | None) -> Tensor:
     """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask."""
-    (varlen, takes), (P, T, H, d), e = VARLEN, q_PTHd.shape, v_PTKe.shape[3]
+    (varlen, takes), (P, T, H, d), e = VARLEN if q_PTHd.is_cuda else _load_varlen(), q_PTHd.shape, v_PTKe.shape[3]
     if (varlen is None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256 or e > d
             or (window is not None and "window_size" not in takes) or (scale != d ** -0.5 and "scale" not in takes)):
         return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, scale, sinks)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from xtf.kernels import at_least_float32, functorch_active, product_dtype, traced
+from xtf.kernels import as_cuda, at_least_float32, functorch_active, is_fake, product_dtype, traced
 
 Tensor = torch.Tensor
 MIN_CHUNK = 1024                                 # bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's
@@ -107,7 +107,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor, narrow: Tensor | None = None) ->
     """`out = a @ b`, with `out` in at least float32; `narrow` is room for the product in the dtype of a and b, where it is made on CPU."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if as_cuda(a):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return out.copy_(torch.mm(a, b) if narrow is None else torch.mm(a, b, out=narrow))
 
@@ -116,7 +116,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b`, with `total` in at least float32. The out= forms are the ones that FlopCounterMode counts."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
+    elif as_cuda(a):
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
     else:                                        # widened in pieces that stay in cache: torch's sum over two dtypes takes five times as long
         for total_part, part in zip(total.split(512), torch.mm(a, b).split(512), strict=True):
@@ -139,7 +139,8 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
                         needs_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and its gradients, in at least float32; the gradient of x for all T tokens."""
     T = len(x_TD)
-    chosen = weights_T.nonzero().squeeze(1) if x_TD.device.type == "cpu" else None          # counting on CUDA would wait for the device
+    readable = x_TD.device.type == "cpu" and not is_fake(weights_T)                          # counting on CUDA would wait for the device
+    chosen = weights_T.nonzero().squeeze(1) if readable else None
     if chosen is not None and len(chosen) < T:
         x_TD, labels_T, weights_T = (t.index_select(0, chosen) for t in (x_TD, labels_T, weights_T))
     x_nD, weight_VD = _operands(x_TD, weight_VD)
@@ -201,7 +202,7 @@ def _scaled(d: Tensor, g: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
     """`g * d` rounded once to `dtype`; in place unless `keep`."""
     if keep:
         return (d * g).to(dtype)
-    return (d if d.device.type == "cpu" and g.item() == 1 else d.mul_(g)).to(dtype)
+    return (d if d.device.type == "cpu" and not is_fake(g) and g.item() == 1 else d.mul_(g)).to(dtype)
 
 
 # ---------------------------------------------------------------- log-probabilities of single tokens

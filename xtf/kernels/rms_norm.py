@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtf.kernels import at_least_float32, functorch_active, traced
+from xtf.kernels import as_cuda, at_least_float32, functorch_active, is_fake, traced
 
 Tensor = torch.Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, but rows of x {tuple(x.shape)} are {x.shape[-1]} wide")
     if torch.compiler.is_compiling() or functorch_active() or (x.is_cpu and x.numel() <= SMALL):
         return reference_rms_norm(x, weight, eps)                                    # compiled, inductor fuses it with its neighbours
-    if traced():
+    if traced() or (is_fake(x) and as_cuda(x)):                                      # a kernel cannot be launched on a fake
         return torch.ops.xtf.rms_norm(x, weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
 

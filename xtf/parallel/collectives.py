@@ -49,6 +49,7 @@ class Sent(NamedTuple):
     kind: str
     ranks: int
     bytes: int
+    group: str = ""                                      # the process group's name
 
 
 _records: list[list[Sent]] = []
@@ -89,7 +90,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def _note(kind: str, group: dist.ProcessGroup, nbytes: int) -> None:
     _started[0], _started[1] = _started[0] + 1, f"{kind} over {group.size()} ranks, {nbytes:,} bytes from here"
     for sent in _records:
-        sent.append(Sent(kind, group.size(), nbytes))
+        sent.append(Sent(kind, group.size(), nbytes, group.group_name))
 
 
 def _nbytes(x: torch.Tensor) -> int:
@@ -165,8 +166,7 @@ def exchange(to: list[list[torch.Tensor]], sizes: list[int], group: Group, kind:
     return out.split(sizes)
 
 
-@torch.library.custom_op("xtf::all_sum", mutates_args=())
-def all_sum(x: torch.Tensor, group: str) -> torch.Tensor:
+def _all_sum(x: torch.Tensor, group: str) -> torch.Tensor:
     """The sum over a group, by name; its adjoint is the same sum."""
     pg = _resolve_process_group(group)  # pyright: ignore
     out = x.clone(memory_format=torch.contiguous_format)
@@ -175,8 +175,7 @@ def all_sum(x: torch.Tensor, group: str) -> torch.Tensor:
     return out
 
 
-@torch.library.custom_op("xtf::all_to_all", mutates_args=())
-def all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
+def _all_to_all(x: torch.Tensor, group: str) -> torch.Tensor:
     """Chunk r of dim 0 to rank r, and theirs in the same order; its own adjoint."""
     pg = _resolve_process_group(group)  # pyright: ignore
     x = x.contiguous()
@@ -190,6 +189,16 @@ def _keep_group(ctx, inputs, output):
     ctx.group = inputs[1]
 
 
-for _op in (all_sum, all_to_all):
-    _op.register_fake(lambda x, group: torch.empty_like(x, memory_format=torch.contiguous_format))
-    _op.register_autograd(lambda ctx, grad, op=_op: (op(grad, ctx.group), None), setup_context=_keep_group)
+def _operator(fn: Any) -> Any:
+    """`fn(x, group)`, its own adjoint, as an operator. Nothing moves between fake tensors, but a fake process group (`xtf.plan`) is told."""
+    def fake(x: torch.Tensor, group: str) -> torch.Tensor:
+        told = dist.get_backend(_resolve_process_group(group)) == "fake"  # pyright: ignore
+        return fn(x, group) if told else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    op = torch.library.custom_op(f"xtf::{fn.__name__.strip('_')}", fn, mutates_args=())  # pyright: ignore[reportCallIssue]
+    op.register_fake(fake)
+    op.register_autograd(lambda ctx, grad: (op(grad, ctx.group), None), setup_context=_keep_group)  # pyright: ignore
+    return op
+
+
+all_sum, all_to_all = _operator(_all_sum), _operator(_all_to_all)

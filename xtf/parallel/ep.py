@@ -189,7 +189,7 @@ class Start(torch.autograd.Function):
     def backward(ctx, *_):
         message = ctx.message
         message.work.wait()                                  # the real gradient: Wait's backward started it
-        grad, message.kept = message.kept[0], None
+        grad, message.work, message.kept = message.kept[0], None, None
         return grad, None
 
 
@@ -198,7 +198,7 @@ class Wait(torch.autograd.Function):
     def forward(ctx, x, message):
         ctx.message = message
         message.work.wait()
-        message.kept = None
+        message.work = message.kept = None                   # a work may keep its tensors alive
         return x.view_as(x)
 
     @staticmethod
@@ -245,7 +245,7 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         if strategy.rows is not None:
             work.wait()
             return Plan(experts_TK, there_TR, mine_R, theirs_RX, lambda: theirs_RX, dropped, e)
-        copy = device.host_copy(lambda: torch.cat([mine_R[:, None], theirs_RX], 1), work)
+        copy = device.host_copy(lambda: torch.cat([mine_R[:, None], theirs_RX], 1), work, experts_TK.device)
         return Plan(experts_TK, there_TR, mine_R, theirs_RX, copy, dropped, e)
 
     def dispatch(x_TD: torch.Tensor, weights_TK: torch.Tensor, plan: Plan) -> Any:

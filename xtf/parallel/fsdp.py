@@ -136,10 +136,10 @@ class Bucket:
 
     def handles(self) -> Any:
         """The hook that keeps a handle for every saved view of this bucket."""
-        bases = {flat.untyped_storage().data_ptr(): dtype for dtype, flat in self.flat.items() if flat.numel()}
+        bases = {flat.untyped_storage()._cdata: dtype for dtype, flat in self.flat.items() if flat.numel()}      # fake tensors have no addresses
 
         def pack(t: torch.Tensor) -> Any:
-            if bases.get(t.untyped_storage().data_ptr()) is t.dtype:
+            if bases.get(t.untyped_storage()._cdata) is t.dtype:
                 return t.dtype, t.size(), t.stride(), t.storage_offset()
             return t
 
@@ -175,6 +175,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, *grads):
         if not ctx.bucket.inside:
             ctx.bucket.drop()
+        settle(ctx.pending)                              # those of the block before, which flew under this one's compute
         for g, s in zip(grads, ctx.bucket.slots, strict=True):
             if g is None or not s.part.requires_grad:
                 continue
@@ -192,6 +193,14 @@ class Gather(torch.autograd.Function):
             part = out[:n * math.prod(s.front[1:])].view(n, *s.front[1:]).movedim(0, s.dim)
             ctx.pending.append(Pending(s.part, part, work, whole))
         return (None,) * (4 + len(grads))
+
+
+def settle(pending: list[Pending]) -> None:
+    """Wait for what is under way and let go of the messages: whole gradients are alive for two blocks at most."""
+    for i, p in enumerate(pending):
+        if p.work is not None:
+            p.work.wait()
+            pending[i] = Pending(p.leaf, p.grad, None, None)
 
 
 class Border(torch.autograd.Function):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._python_dispatch import _disable_current_modes
 
 from xtf import device
 from xtf.layout import AXES
@@ -69,9 +70,10 @@ def flattened(m: DeviceMesh, store: tuple[str, ...]) -> DeviceMesh:
     if store not in cache:
         names = axes(m)
         rest = [n for n in names if n not in store]
-        ranks = m.mesh.permute([names.index(n) for n in (*store, *rest)])
-        ranks = ranks.reshape(-1, *[size(m, n) for n in rest])
-        cache[store] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
+        with _disable_current_modes():                   # ranks are read, also under a mode in which all other tensors are fake
+            ranks = m.mesh.permute([names.index(n) for n in (*store, *rest)])
+            ranks = ranks.reshape(-1, *[size(m, n) for n in rest])
+            cache[store] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
     return cache[store]
 
 
@@ -91,6 +93,12 @@ def group_of(flat: DeviceMesh) -> Group:
             assert isinstance(reduce, dist.ProcessGroup)
         _groups[flat] = Group(flat.size(0), flat.get_local_rank(0), pg, reduce)
     return _groups[flat]
+
+
+def forget() -> None:
+    """Drop the groups of a process group that was destroyed: a mesh of the next one may equal one of its."""
+    _flat.clear()
+    _groups.clear()
 
 
 def world(m: DeviceMesh) -> Group:
@@ -122,4 +130,4 @@ def tell_all(m: DeviceMesh, value: Any) -> dict[int, Any]:
     return said
 
 
-__all__ = ["axes", "describe", "flattened", "group", "group_of", "is_main", "mesh", "rank", "size", "tell_all", "world"]
+__all__ = ["axes", "describe", "flattened", "forget", "group", "group_of", "is_main", "mesh", "rank", "size", "tell_all", "world"]
