@@ -127,7 +127,7 @@ def test_the_readme_starts_with_the_two_commands_and_lists_every_flag():
     assert fences(readme)[0].text.splitlines() == ["make demo", "make test"]
     rows = re.findall(r"^\| (`--.*?) \|", readme.read_text(), re.M)
     fields = {*cli.ExpertFlags.__struct_fields__, "bias_rate", "mtp_weight"}
-    assert sorted(re.findall(r"--([a-z-]+)", " ".join(rows))) == sorted(name.replace("_", "-") for name in fields)
+    assert sorted(re.findall(r"--([a-z0-9-]+)", " ".join(rows))) == sorted(name.replace("_", "-") for name in fields)
 
 
 # ---- names --------------------------------------------------------------------------------------------------------------------------

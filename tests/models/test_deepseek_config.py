@@ -63,7 +63,7 @@ def test_defaults_and_fields_are_those_of_transformers():
     """Every key that the installed class writes is accounted for, and a missing field is its default."""
     hf = DeepseekV3Config().to_dict()
     honoured = {f.name for f in msgspec.structs.fields(deepseek_v3.Config)}
-    assert set(hf) - {"head_dim", "qk_head_dim"} <= honoured | NO_EFFECT | set(ONLY) | ROPE
+    assert set(hf) - {"head_dim", "qk_head_dim", "output_router_logits"} <= honoured | NO_EFFECT | set(ONLY) | ROPE
     assert not honoured & NO_EFFECT and not honoured & set(ONLY)
     cfg = deepseek_v3.config({})
     assert cfg == deepseek_v3.config(hf) == deepseek_v3.config({"model_type": "deepseek_v3"})
@@ -104,7 +104,7 @@ def test_each_honoured_field_is_read():
         {"num_nextn_predict_layers": 2, "n_routed_experts": 64})
 
 
-@pytest.mark.parametrize("field", ["ep_size", "auto_map", *sorted(NO_EFFECT - {"model_type"})])
+@pytest.mark.parametrize("field", ["ep_size", "auto_map", "output_router_logits", *sorted(NO_EFFECT - {"model_type"})])
 def test_fields_without_effect(field):
     assert deepseek_v3.config({field: "anything"}) == deepseek_v3.config({})
 

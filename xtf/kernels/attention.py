@@ -345,7 +345,7 @@ VARLEN = _load_varlen() if torch.version.cuda or torch.version.hip else (None, f
 def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                  sinks: Tensor | None) -> Tensor:
     """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask."""
-    (varlen, takes), (P, T, H, d), e = VARLEN if q_PTHd.is_cuda else _load_varlen(), q_PTHd.shape, v_PTKe.shape[3]
+    (varlen, takes), (P, T, H, d), e = _load_varlen() if q_PTHd.is_meta else VARLEN, q_PTHd.shape, v_PTKe.shape[3]
     if (varlen is None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256 or e > d
             or (window is not None and "window_size" not in takes) or (scale != d ** -0.5 and "scale" not in takes)):
         return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, scale, sinks)

@@ -109,7 +109,7 @@ def config(hf: dict) -> Config:
     hf = (KIMI_K2 if family == "kimi_k2" else {}) | hf
     if hf.get("n_shared_experts", 1) is None:
         hf["n_shared_experts"] = 0
-    cfg = decode(Config, hf, ("ep_size", "auto_map", "head_dim", "qk_head_dim", "scoring_func", "topk_method", "seq_aux"),
+    cfg = decode(Config, hf, ("ep_size", "auto_map", "output_router_logits", "head_dim", "qk_head_dim", "scoring_func", "topk_method", "seq_aux"),
                  num_key_value_heads=num_kv_heads(hf, None, 128))
     only = {
         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True, "head_dim": cfg.qk_rope_head_dim,
