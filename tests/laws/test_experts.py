@@ -323,3 +323,9 @@ def test_an_even_and_a_lopsided_step_keep_what_the_docs_say():
     for routes, ranks in ((evenly, even), (to_the_first_half, lopsided)):
         alone = kept_for_backward(batch, (), routes)
         assert [loss for *_, loss in ranks] == pytest.approx([alone[2]] * 2, rel=1e-13)
+
+
+def test_kept_attention_in_two_halves():
+    """What remat keeps by name it finds again by counting calls, and those of the first half's choice are not made twice."""
+    for name in ("qwen3_moe", "deepseek_v3"):
+        assert_same(name, Layout((("sp", 2),), ("sp",), overlap=True, remat=("attn_out",)), a_batch(4))

@@ -3,12 +3,14 @@
 It does no more than pass `around` to `scan`: the block, and under fsdp the gather before it, run inside torch's checkpoint.
 """
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
 
 from xtf.ops import Ops
 from xtf.shard import Env, Transform
@@ -36,10 +38,13 @@ def remat(*keep: str) -> Transform:
         def kept(fn: Callable, *args: Any) -> Any:
             if not running or torch.compiler.is_compiling():
                 return fn(*args)
-            if isinstance(running[-1], list):
+            if not isinstance(running[-1], list):
+                return next(running[-1])
+            # Selective checkpoint numbers an operator's calls, and these will not be made again: it must not see them the first time.
+            counted = isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode)
+            with _pop_mode_temporarily() if counted else nullcontext():
                 running[-1].append(fn(*args))
-                return running[-1][-1]
-            return next(running[-1])
+            return running[-1][-1]
 
         def name(fn: Callable, label: str) -> Callable:
             if label == "routes":
