@@ -29,7 +29,7 @@ class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon takes the layers' matrices at the same rate; adamw the rest, or all."""
     bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0 leaves them alone."""
+    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora, leave them."""
     mtp_weight: float = 0.3
     """What the loss of predicting further tokens (MTP) is multiplied by."""
     from_scratch: bool = False
@@ -71,7 +71,8 @@ def train(flags: Flags, run: Run) -> None:
         norm = ops.norm(grads)
         ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
+        if not flags.lora:                                                      # adapters alone are to be what was trained
+            updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
         extra = {"guard": seen, "counts": sums["counts"]}
         return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
                                                   **watch.metrics(seen), **moe.metrics(sums)}

@@ -20,7 +20,7 @@ from xtf.run import Run
 class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
     """Flags of models whose routers are corrected by a bias: those of models with experts, and these."""
     bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0 leaves them alone."""
+    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora, leave them."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +53,8 @@ def train(flags: Flags, run: Run) -> None:
         norm = ops.norm(grads)
         ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
+        if not flags.lora:                                                      # adapters alone are to be what was trained
+            updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
         extra = {"guard": seen, "counts": sums["counts"]}
         return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
                                                   **watch.metrics(seen), **moe.metrics(sums)}

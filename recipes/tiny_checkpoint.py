@@ -32,7 +32,7 @@ CONFIGS = {
     "gpt_oss": SHARED | {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": 32,
                          "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "deepseek_v3": LATENT | {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1},
-    "kimi_k2": LATENT | {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
+    "kimi_k2": LATENT | {"rope_theta": 50000.0, "num_nextn_predict_layers": 0, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827},
 }
 
 

@@ -148,6 +148,8 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
         flags = msgspec.structs.replace(flags, model=str(model_path(flags.model)))
     except (ValueError, OSError) as e:
         raise SystemExit(str(e)) from e
+    if isinstance(flags, ExpertFlags) and not all(map(math.isfinite, (flags.balance or 0.0, flags.z_loss))):
+        raise SystemExit(f"--balance {flags.balance} --z-loss {flags.z_loss}: have to be finite")
     if flags.lora < 0:
         raise SystemExit(f"--lora {flags.lora}: a rank is positive; 0 trains everything")
     if isinstance(flags, ExpertFlags) and min(flags.expert_rows, flags.expert_pairs) < 1 <= max(flags.expert_rows, flags.expert_pairs):

@@ -185,6 +185,15 @@ class _Plan(NamedTuple):
     config: dict[str, Any]                                               # quantization_config
 
 
+def check(params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None, *, quantise: Literal["fp8"] | None = None,
+          ignore: Sequence[str] = IGNORE, tied: Mapping[str, str] = TIED) -> None:
+    """Raise what `save` would raise of names, shapes and formats, before a run has begun rather than at its end; nothing is written.
+
+    >>> check({"norm": {"weight": torch.ones(3)}}, {"norm.weight": "model.norm.weight"})
+    """
+    _plan(like, wanted(dict(tree.flatten_with_path(params)), names, "params"), quantise, 5 << 30, ignore, tied)
+
+
 def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str | None, max_shard_bytes: int, ignore: Sequence[str],
           tied: Mapping[str, str]) -> _Plan:
     if quantise not in (None, "fp8") or (quantise and not (like and Path(like, "config.json").is_file())):

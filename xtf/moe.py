@@ -185,8 +185,8 @@ def documents(batch: Any, ops: Ops) -> torch.Tensor:
 
 
 def num_tokens(batch: Any, ops: Ops) -> torch.Tensor:
-    """How many tokens of the whole global batch are not padding: what balancing and z-losses are divided by."""
-    return ops.total((documents(batch, ops) >= 0).sum())
+    """How many tokens of the whole global batch are not padding (1 if none is): what balancing and z-losses are divided by."""
+    return ops.total((documents(batch, ops) >= 0).sum()).clamp(min=1)
 
 
 def statistics(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int,
@@ -234,6 +234,8 @@ def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops, over: Literal[
 
     Raises ValueError where `previous_LE` and `over` do not go together.
     """
+    if over not in ("document", "batch", "pack", "transformers"):
+        raise ValueError(f"moe.balance: over={over!r} is none of document, batch, pack, transformers")
     if (over == "batch") != (previous_LE is not None):
         raise ValueError(f"moe.balance: over={over!r} {'needs' if over == 'batch' else 'takes no'} previous_LE, the counts of the step before")
     E = routing.counts_LPSE.shape[-1]
@@ -272,6 +274,8 @@ def no_counts(specs: tree.Tree) -> torch.Tensor:
     torch.Size([2, 4])
     """
     routers = [p for path, p in tree.flatten_with_path(specs) if path.endswith("router.weight")]
+    if not routers:
+        raise ValueError("moe: no layer of this model has experts; use the recipe of a dense family, or correct config.json")
     return torch.zeros(len(routers), routers[0].shape[0], dtype=at_least_float32(routers[0].dtype), device=device.device())
 
 

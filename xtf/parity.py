@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from xtf import models
+from xtf.models.deepseek_v3 import KIMI_K2
 from xtf.testing import logits_and_grads
 from xtf.testing.parity import as_layout
 
@@ -22,9 +23,12 @@ def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tupl
     from transformers.core_model_loading import revert_weight_conversion
     settings = json.loads(Path(path, "config.json").read_text())
     family = settings.pop("model_type")
-    config = AutoConfig.for_model("deepseek_v3" if family == "kimi_k2" else family, **settings)      # the same model; its own code is remote
+    if family == "kimi_k2":                                              # the same model with other defaults; its own code is remote
+        family, settings = "deepseek_v3", KIMI_K2 | settings
+    config = AutoConfig.for_model(family, **settings)
     attention = "eager" if family == "gpt_oss" else "sdpa"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention,
+                                                      **({"experts_implementation": "eager"} if dtype == torch.float64 else {}))
     model._weight_conversions = None                                     # those of the family alone: gradients are not quantised again
     logits, loss = [], torch.zeros((), dtype=dtype)
     for s in sequences:

@@ -233,7 +233,8 @@ def fp8_out(like: Mapping[str, Tensor], config: Mapping[str, Any], wanted: Mappi
         return {n: Fp8Out(t.block, t.scales.dtype, power, t.scales) for n, t in like.items() if isinstance(t, BlockFp8)}, dict(config)
     stacked = [n for n, shape in wanted.items() if len(shape) > 2]
     if stacked:
-        raise ValueError(f"hf.save: {stacked[0]} holds all experts; block FP8 has a tensor for each of them: write bf16 (quantise=None)")
+        raise ValueError(f"hf.save: {stacked[0]} holds all experts; block FP8 has a tensor for each of them: write bf16 (without --export-fp8, "
+                         "quantise=None)")
     return {n: Fp8Out((128, 128), torch.float32, False, None) for n in wanted if PRODUCTS.search(n)}, DEEPSEEK
 
 

@@ -34,7 +34,7 @@ from xtf.optim import guard
 from xtf.parallel import Overflow
 from xtf.parallel.mesh import describe
 from xtf.state import TrainState
-from xtf.transforms.lora import merge
+from xtf.transforms.lora import base, merge
 
 PACKAGES = ("xtf", "torch", "transformers", "orbax-checkpoint", "safetensors", "numpy", "triton")
 
@@ -112,6 +112,7 @@ class Run:
         Raises ValueError where the checkpoint is of another model, or the data is not what it was.
         """
         flags, self.loader, self.names = self.flags, loader, model.names(cfg)
+        hf.check(base(state.params), self.names, flags.model, quantise=self._quantise)
         source = self._source()
         if source is not None:
             folder, number = source
@@ -245,6 +246,9 @@ class Run:
         flags = json.loads(msgspec.json.encode(self.flags))
         record = self._recorded()
         before = record["runs"][-1]["flags"] if record["runs"] and resumed_from else flags
+        alpha = lambda flags: flags.get("lora_alpha") or 2.0 * flags.get("lora", 0)
+        if alpha(before) != alpha(flags) and before.get("lora") == flags["lora"]:
+            raise ValueError(f"--lora-alpha {alpha(flags)}: the adapters of {resumed_from} were trained with {alpha(before)}; resume with that one")
         changed = {k: (before.get(k), v) for k, v in flags.items() if before.get(k) != v and k != "resume"}
         if changed:
             print("flags that changed: " + ", ".join(f"--{k.replace('_', '-')} {a} → {b}" for k, (a, b) in changed.items()), flush=True)

@@ -83,6 +83,8 @@ def test_balance_is_one_a_layer_where_experts_are_used_evenly():
     assert moe.balance(moe.gather([one]), torch.tensor(T), LOCAL, "batch", torch.zeros(1, E)).item() == pytest.approx(1)
     with pytest.raises(ValueError, match="over='batch' needs previous_LE"):
         moe.balance(moe.gather([one]), torch.tensor(T), LOCAL, "batch")
+    with pytest.raises(ValueError, match="over='documents' is none of"):
+        moe.balance(moe.gather([one]), torch.tensor(T), LOCAL, "documents")
     with pytest.raises(ValueError, match="no layer of this model has experts"):
         moe.gather([None])
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.recipes.test_sft import ROOT, curve, recipe, rows, train
-from xtf import hf, models
+from xtf import hf, models, parity
 from xtf.data import Sample, pack, stdlib_qa
 from xtf.testing import pool
 
@@ -94,6 +95,35 @@ def test_what_a_run_leaves_is_transformers_model(files, one, family):
         assert moved and all(m > 0 for m in moved)
 
 
+def test_adapters_alone_are_what_was_trained(files, tmp_path):
+    """With --lora the routers' biases stay, so that the base and OUT/adapter are OUT/hf."""
+    train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path, "--lora", "4", "--steps", "2", "--bias-rate", "0.1"))
+    name = next(n for n in hf.tensors(files / "kimi_k2") if n.endswith("e_score_correction_bias"))
+    read = lambda folder: safe_open(next(Path(folder).glob("*.safetensors")), "pt").get_tensor(name)
+    assert torch.equal(read(tmp_path / "hf"), read(files / "kimi_k2"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="--lora-alpha 64"):
+        train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path / "b", "--lora", "4", "--steps", "2", "--save-every", "2"))
+        train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path / "b", "--lora", "4", "--steps", "3", "--lora-alpha", "64", "--resume", "auto"))
+
+
+def test_a_format_that_cannot_be_written_is_refused_before_the_first_step(files, tmp_path):
+    with pytest.raises(ValueError, match="without --export-fp8"):
+        train("gpt_oss_sft", argv(files, "gpt_oss", tmp_path, "--export-fp8"))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_parity_of_a_kimi(files, capsys):
+    """Whose code transformers has not: by DeepSeek V3's, with Kimi K2's defaults."""
+    assert parity.main([str(files / "kimi_k2")]) == 0, capsys.readouterr().out
+
+
+def test_a_model_without_experts_is_refused(files, tmp_path):
+    recipe("tiny_checkpoint").write("qwen3_moe", tmp_path / "m", SMALL | {"mlp_only_layers": [0, 1]}, like=files / "qwen3_moe")
+    with pytest.raises(ValueError, match="no layer of this model has experts"):
+        train("qwen3_moe_sft", [*argv(files, "qwen3_moe", tmp_path / "o"), "--model", str(tmp_path / "m")])
+
+
 def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "recipes" / "qwen3_moe_sft.py")]
     done = subprocess.run([*command, *argv(files, "qwen3_moe", tmp_path / "o", "--mesh", "ep=2", "--threads", "1", "--expert-rows", "9",
@@ -106,6 +136,7 @@ def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--expert-rows", "8"], "give both, or neither"),
     (["--lora", "-1"], "a rank is positive"),
+    (["--balance", "nan"], "have to be finite"),
     (["--overlap", "--batch-tokens", "64"], "--overlap: a rank has 1 packs a step, an odd number"),
 ])
 def test_wrong_flags_are_named(files, tmp_path, flags, message):
