@@ -112,7 +112,8 @@ class Run:
         Raises ValueError where the checkpoint is of another model, or the data is not what it was.
         """
         flags, self.loader, self.names = self.flags, loader, model.names(cfg)
-        hf.check(base(state.params), self.names, flags.model, quantise=self._quantise)
+        if self._quantise:                                            # not all leaves of all families can: say so now, not at the end
+            hf.check(base(state.params), self.names, flags.model, quantise=self._quantise)
         source = self._source()
         if source is not None:
             folder, number = source

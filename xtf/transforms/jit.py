@@ -35,6 +35,8 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
             except TypeError as e:
                 raise TypeError(f"jit: the block's arguments must be hashable ({e}); pass tensors to scan as shared arguments") from None
             if not known:
+                # kinds of layers × steps × whether gradients are wanted, all of one function: more than the 8 that torch stops at
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
                 at_home = ops.plan is experts.plan                   # else how many rows there are changes from step to step
                 compiled[key] = torch.compile(block, fullgraph=at_home, dynamic=False if at_home else None)
             return ops.scan(compiled[key], *args, **kwargs)
