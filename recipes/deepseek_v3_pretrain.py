@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: Flags, run: Run) -> None:
-    model, cfg = models.from_hf(flags.model)
+    model, cfg = models.from_hf(flags.model, cli.say)
     if model is not models.deepseek_v3:
         raise ValueError(f"--model {flags.model}: {model.__name__} is not a DeepSeek V3; use the recipe of its family")
     cfg = msgspec.structs.replace(cfg, mtp_loss_weight=flags.mtp_weight)

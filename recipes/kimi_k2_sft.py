@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: Flags, run: Run) -> None:
-    model, cfg = models.from_hf(flags.model)
+    model, cfg = models.from_hf(flags.model, cli.say)
     if model is not models.deepseek_v3:
         raise ValueError(f"--model {flags.model}: {model.__name__} is neither a Kimi K2 nor a DeepSeek V3; use the recipe of its family")
     schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)

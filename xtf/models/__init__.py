@@ -1,5 +1,6 @@
 """Models: one module per family, with `Config`, `config`, `specs`, `names`, `hidden`, `forward`, `loss`, `token_losses`, `flops`."""
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,7 +9,6 @@ import msgspec
 
 from xtf.hf import tensors
 from xtf.models import deepseek_v3, gpt_oss, llama, qwen2, qwen3, qwen3_moe
-from xtf.parallel.mesh import is_main
 
 __all__ = ["deepseek_v3", "from_hf", "gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe"]
 
@@ -18,11 +18,11 @@ FAMILIES = {                                                                 # c
 }
 
 
-def from_hf(path: str | Path) -> tuple[ModuleType, Any]:
+def from_hf(path: str | Path, say: Callable[[str], Any] = print) -> tuple[ModuleType, Any]:
     """The family's module and the decoded config of a Hugging Face directory.
 
     Parts that config.json announces and whose tensors are not among the directory's (MTP modules of DeepSeek V3) are left out of the config,
-    and rank 0 prints so.
+    and `say` is told.
 
     Raises FileNotFoundError if the directory has no config.json, and ValueError naming the file and the field if the family is not
     one of ours or a field is unknown or not supported.
@@ -53,6 +53,6 @@ def from_hf(path: str | Path) -> tuple[ModuleType, Any]:
         return module, cfg
     fitted = module.fit(cfg, tensors(path))
     dropped = [f"{field}={was!r}" for field, was in msgspec.structs.asdict(cfg).items() if getattr(fitted, field) != was]
-    if dropped and is_main():
-        print(f"{file}: it announces {', '.join(dropped)}, but the directory has no tensors for that; going on without", flush=True)
+    if dropped:
+        say(f"{file}: it announces {', '.join(dropped)}, but the directory has no tensors for that; going on without")
     return module, fitted
