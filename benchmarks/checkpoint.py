@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 from xtf import tree
 from xtf.checkpoint import Checkpoints
 from xtf.layout import Place
-from xtf.testing.pool import Pool
+from xtf.testing import Pool
 
 
 def shapes(small: bool) -> dict[str, tuple[int, ...]]:

@@ -5,8 +5,8 @@
 import math
 from pathlib import Path
 
-from xtf.ledger import KINDS
 from xtf.plan import Flags, Report, report
+from xtf.plan.ledger import KINDS
 
 CONFIGS = Path(__file__).parent.parent / "docs" / "configs"
 

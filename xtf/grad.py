@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from xtf import tree
+from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
-from xtf.parallel.collectives import like, local
 
 
 class Taken:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from xtf import tree
 
@@ -59,6 +60,29 @@ class Place:
         out = self.from_local(part, tuple(whole.shape))
         out.requires_grad_(whole.requires_grad)
         return out
+
+
+def local(t: Any) -> Any:
+    """A DTensor's part on this rank; anything else as it is."""
+    return t._local_tensor if isinstance(t, DTensor) else t
+
+
+def like(t: torch.Tensor, stored: Any) -> torch.Tensor:
+    """`t`, this rank's part, dressed as `stored` is: a DTensor of the same placement, or plain."""
+    if not isinstance(stored, DTensor):
+        return t
+    spec = stored._spec
+    if t.dtype != spec.tensor_meta.dtype:  # pyright: ignore
+        spec = DTensorSpec(spec.mesh, spec.placements, spec.tensor_meta._replace(dtype=t.dtype))  # pyright: ignore
+    return DTensor(t, spec, requires_grad=t.requires_grad)  # pyright: ignore
+
+
+def part_like(whole: torch.Tensor, stored: Any) -> torch.Tensor:
+    """This rank's part of `whole`, a tensor that all ranks have, placed as `stored` is."""
+    if not isinstance(stored, DTensor):
+        return whole
+    offset, size = Place(stored.device_mesh, stored.placements).box(tuple(whole.shape))
+    return like(whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].contiguous(), stored)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from xtf import device, tree
 from xtf.kernels import at_least_float32
 from xtf.kernels.swiglu import weighted_swiglu
+from xtf.layout import part_like
 from xtf.ops import LOCAL, Ops
-from xtf.parallel.collectives import part_like
 
 
 class Router(NamedTuple):

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from xtf import hf, process, tree
-from xtf import safetensors_io as files
+from xtf import hf, tree
+from xtf.hf import safetensors as files
+from xtf.hf.safetensors import Shape
 from xtf.layout import Place
-from xtf.safetensors_io import Shape
+from xtf.run import process
 from xtf.spec import init
-from xtf.transforms.lora import A, B, Lora, adapters, base, join, lora
+from xtf.transforms._lora import A, B, Lora, adapters, base, join, lora
 
 FILE, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 FUSED = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)}       # transformers 5 keeps both in one parameter: its name, which half

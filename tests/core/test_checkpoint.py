@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xtf
-from xtf import checkpoint, tensorstore_io, tree
+from xtf import checkpoint, tree
 from xtf.checkpoint import Checkpoints, restore_params
+from xtf.checkpoint import checkpoints as checkpoints_file
+from xtf.checkpoint import tensorstore as arrays
 
 ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int64, torch.bool)
@@ -80,7 +82,7 @@ def test_params_alone(saved):
 def test_law_6_on_one_process(tmp_path_factory, leaves, chunk, seed):
     state = {"a": [bits(shape, dtype, seed + i) for i, (dtype, shape) in enumerate(leaves)], "b": (None, {})}
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(tensorstore_io, "CHUNK_BYTES", chunk)
+        mp.setattr(arrays, "CHUNK_BYTES", chunk)
         with Checkpoints(tmp_path_factory.mktemp("law"), background=bool(seed % 2)) as checkpoints:
             checkpoints.save(0, state, {})
             assert same(checkpoints.restore(blank(state))[0], state)
@@ -98,12 +100,12 @@ def test_what_is_kept(tmp_path):
 
 def test_an_async_save_is_of_what_was(tmp_path, monkeypatch):
     """The step after `save` overwrites everything in place before the first byte is written."""
-    go, write = threading.Event(), tensorstore_io.write
+    go, write = threading.Event(), arrays.write
 
     async def late(*args):
         assert go.wait(60)
         await write(*args)
-    monkeypatch.setattr(tensorstore_io, "write", late)
+    monkeypatch.setattr(arrays, "write", late)
     state = state_of(3)
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):                                             # the second one reuses the first one's buffers
@@ -167,7 +169,7 @@ def test_a_chunk_that_is_gone_is_no_zero(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": torch.ones(5), "b": torch.ones(2)}, {})
         checkpoints.wait()
-        store = ts.KvStore.open(tensorstore_io._store(tmp_path / "1" / "state"), context=tensorstore_io._context()).result()
+        store = ts.KvStore.open(arrays._store(tmp_path / "1" / "state"), context=arrays._context()).result()
         assert b"w/c/0" in store.list().result()
         store.write("w/c/0", None).result()
         with pytest.raises(OSError, match="the values of w are damaged or gone"):
@@ -254,7 +256,7 @@ def test_a_directory_that_cannot_be_written(saved, tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoints_file, "LOCK_SECONDS", 0.2)
     state = {"w": torch.ones(1)}
     with Checkpoints(tmp_path) as first, Checkpoints(tmp_path) as second:
         first.save(1, state, {})
@@ -290,7 +292,7 @@ KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
-import xtf.orbax_torch                                                   # JAX once, for all the children
+import xtf.checkpoint.orbax                                                   # JAX once, for all the children
 from xtf import tree
 from xtf.checkpoint import Checkpoints, steps
 
@@ -381,7 +383,7 @@ def test_neither_import_nor_restore_imports_jax(saved):
 def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     async def slow(*args):
         time.sleep(1.0)
-    monkeypatch.setattr(tensorstore_io, "write", slow)
+    monkeypatch.setattr(arrays, "write", slow)
     checkpoints = Checkpoints(tmp_path)
     start = time.monotonic()
     checkpoints.save(1, {"w": torch.ones(1000)}, {})

@@ -13,8 +13,9 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 
-from xtf import checkpoint, orbax_torch, tree
-from xtf.checkpoint import Checkpoints, restore_params
+from xtf import checkpoint, tree
+from xtf.checkpoint import Checkpoints, orbax, restore_params, tensorstore
+from xtf.checkpoint.checkpoints import RETIRED, TMP
 
 STATE = {"params": {"layers": [{"w": torch.arange(12.0).reshape(3, 4)}, {"w": torch.tensor([1.5, -0.0]).bfloat16()}], "none": None},
          "opt": (torch.tensor(3), ()), "flags": torch.tensor([True, False]), "codes": torch.arange(-3, 3, dtype=torch.int8)}
@@ -98,11 +99,11 @@ class Spy:
 
         async def write(where):
             self.calls.append((where, sorted(p.name for p in folder.iterdir())))
-        self.manager = ocp.CheckpointManager(folder, item_handlers={"state": orbax_torch.handler(write), "data": ocp.JsonCheckpointHandler()},
+        self.manager = ocp.CheckpointManager(folder, item_handlers={"state": orbax.handler(write), "data": ocp.JsonCheckpointHandler()},
                                              options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
 
     def save(self, step):
-        leaf = checkpoint.arrays.Leaf
+        leaf = tensorstore.Leaf
         self.manager.save(step, force=True, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"a": leaf(), "b": [leaf(), None]}),
                                                                     data=ocp.args.JsonSave({"x": 1})))
 
@@ -111,7 +112,7 @@ def test_the_writer_is_called_once_in_a_temporary_folder_that_is_there(tmp_path)
     spy = Spy(tmp_path)
     spy.save(3)
     (where, names), = spy.calls
-    assert where.is_relative_to(tmp_path / f"3{checkpoint.TMP}") and where.name.startswith("state") and names == [f"3{checkpoint.TMP}"]
+    assert where.is_relative_to(tmp_path / f"3{TMP}") and where.name.startswith("state") and names == [f"3{TMP}"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["3"] and json.loads((tmp_path / "3" / "data" / "metadata").read_text()) == {"x": 1}
 
 
@@ -121,15 +122,15 @@ def test_an_error_of_the_writer_arrives_as_it_is_and_nothing_gets_a_name(tmp_pat
 
     async def write(where):
         raise Odd("full")
-    manager = ocp.CheckpointManager(tmp_path, item_handlers=orbax_torch.handler(write),
+    manager = ocp.CheckpointManager(tmp_path, item_handlers=orbax.handler(write),
                                     options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
     with pytest.raises(Odd):
-        manager.save(1, force=True, args=ocp.args.PyTreeSave({"a": checkpoint.arrays.Leaf()}))
-    assert [p.name for p in tmp_path.iterdir()] == [f"1{checkpoint.TMP}"]
+        manager.save(1, force=True, args=ocp.args.PyTreeSave({"a": tensorstore.Leaf()}))
+    assert [p.name for p in tmp_path.iterdir()] == [f"1{TMP}"]
 
 
 def test_old_steps_leave_by_a_rename_after_the_new_one_has_its_name(tmp_path, monkeypatch):
-    spy = Spy(tmp_path, todelete_subdir=checkpoint.RETIRED, preservation_policy=ocp.checkpoint_managers.LatestN(1))
+    spy = Spy(tmp_path, todelete_subdir=RETIRED, preservation_policy=ocp.checkpoint_managers.LatestN(1))
     spy.save(1)
     events = []
     real = os.rename
@@ -137,14 +138,14 @@ def test_old_steps_leave_by_a_rename_after_the_new_one_has_its_name(tmp_path, mo
         monkeypatch.setattr(os, name, lambda a, b, real=real: (events.append((Path(a), Path(b))), real(a, b))[1])
     spy.save(2)
     here = [(a.relative_to(tmp_path), b.relative_to(tmp_path)) for a, b in events if a.parent == tmp_path]
-    assert here == [(Path(f"2{checkpoint.TMP}"), Path("2")), (Path("1"), Path(checkpoint.RETIRED) / "1")]
+    assert here == [(Path(f"2{TMP}"), Path("2")), (Path("1"), Path(RETIRED) / "1")]
 
 
 def test_all_is_synced_before_the_name_and_the_name_before_anything_is_retired(tmp_path, monkeypatch):
     """Each of Python's files is synced after its last write and before the rename; then the directory; then old steps go."""
     log = []
-    sync, rename = orbax_torch._sync, os.rename
-    monkeypatch.setattr(orbax_torch, "_sync", lambda path: (log.append(("sync", Path(path))), sync(path))[1])
+    sync, rename = orbax._sync, os.rename
+    monkeypatch.setattr(orbax, "_sync", lambda path: (log.append(("sync", Path(path))), sync(path))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (log.append(("rename", Path(b))), rename(a, b))[1])
     with Checkpoints(tmp_path, keep=1, background=False) as checkpoints:
         checkpoints.save(1, STATE, {})
@@ -161,7 +162,7 @@ def test_names_and_signatures():
     """Public names, and options by name, so that another version fails here first."""
     options = {f.name for f in dataclasses.fields(ocp.CheckpointManagerOptions)}
     assert options >= {"preservation_policy", "best_fn", "best_mode", "enable_async_checkpointing", "todelete_subdir", "temporary_path_class"}
-    assert issubclass(orbax_torch.durable(), ocp.path.atomicity.AtomicRenameTemporaryPath)
+    assert issubclass(orbax.durable(), ocp.path.atomicity.AtomicRenameTemporaryPath)
     policies = ocp.checkpoint_managers
     infos = [type("Info", (), {"step": i, "metrics": m})() for i, m in ((1, {"x": 3.0}), (2, {"x": 1.0}), (3, None), (4, {"x": 2.0}))]
     keep = lambda policy: policy.should_preserve(infos, context=None)

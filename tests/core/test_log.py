@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from xtf import device
-from xtf import log as log_module
-from xtf.log import Log
+from xtf.run import log as log_module
+from xtf.run.log import Log
 
 COLUMNS = ["loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_gb"]
 MODEL = SimpleNamespace(flops=lambda cfg, lengths: cfg * sum(n * n for n in lengths))

@@ -12,7 +12,7 @@ from xtf.data.batch import Batch
 from xtf.parallel import fsdp
 from xtf.spec import Normal, Param, num_params
 from xtf.transforms import bf16
-from xtf.transforms.lora import A, B, adapters, base, join, lora, merge
+from xtf.transforms._lora import A, B, adapters, base, join, lora, merge
 
 SIZE = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "head_dim": 4, "max_position_embeddings": 64}

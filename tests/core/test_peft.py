@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import xtf
 from tests.core.test_lora import batch, drawn
 from xtf import hf, models, peft, tree
-from xtf.transforms.lora import adapters, base, join, lora, merge
+from xtf.transforms._lora import adapters, base, join, lora, merge
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

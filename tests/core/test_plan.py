@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 
-from xtf import models, plan
-from xtf.ledger import Ledger
-from xtf.machines import EFFICIENCY, MACHINES, roofline
+from xtf import layout, models, plan
 from xtf.moe import Router
+from xtf.plan import step as planned
+from xtf.plan.ledger import Ledger
+from xtf.plan.machines import EFFICIENCY, MACHINES, roofline
 from xtf.testing import pool
 
 DENSE = {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8,
@@ -81,7 +82,7 @@ def really(hf: dict, sizes: dict, seq_len: int, packs: int, dtype: str, remat: b
     del params
     total = packs * math.prod(sizes.get(a, 1) for a in PACK_AXES)
     ids = torch.randint(cfg.vocab_size, (total, seq_len), generator=torch.Generator().manual_seed(0))
-    ends = plan._full(total, seq_len, 1, 1, "cpu")
+    ends = planned._full(total, seq_len, 1, 1, "cpu")
     batch = cut(Batch(ids, ids, ends.loss_mask, ends.positions, ends.segments, ends.lengths), ranks)
     for _ in range(2):                                               # the first step makes what later ones keep (threads, groups, caches)
         strategy.said.clear()
@@ -90,12 +91,12 @@ def really(hf: dict, sizes: dict, seq_len: int, packs: int, dtype: str, remat: b
         with open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")                                          # the peak is what is resident now
         held = {local.data_ptr(): local.nbytes() for x in tree.leaves((state, batch)) if x is not None
-                for local in [collectives.local(x).untyped_storage()]}
+                for local in [layout.local(x).untyped_storage()]}
         before = pages("VmRSS")
         with collectives.record() as sent:
             state, _ = step(state, batch)
         more = pages("VmHWM") - before
-    return sum(held.values()) + more, plan._messages(sent, ranks), strategy.said
+    return sum(held.values()) + more, planned._messages(sent, ranks), strategy.said
 
 
 @pytest.mark.parametrize("hf, sizes, packs, dtype, remat", [

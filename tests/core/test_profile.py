@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xtf import profile
+from xtf.run import profile
 from xtf.testing import pool
 
 MEGABYTES = 8

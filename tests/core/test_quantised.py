@@ -11,9 +11,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from xtf import hf, quantised, tree
-from xtf import safetensors_io as files
-from xtf.quantised import DEEPSEEK
+from xtf import hf, tree
+from xtf.hf import quantised
+from xtf.hf import safetensors as files
+from xtf.hf.quantised import DEEPSEEK
 from xtf.spec import Param
 
 FP8, DTYPES = torch.float8_e4m3fn, [torch.float32, torch.bfloat16, torch.float16, torch.float64]

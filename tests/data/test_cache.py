@@ -215,7 +215,7 @@ def test_a_builder_that_is_killed_leaves_nothing_half(tmp_path, file, encoder):
     file.write_bytes(file.read_bytes() * 4)
     wanted = tokenized(str(file), encoder, folder=tmp_path / "whole").fingerprint
     context, moments, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0
-    context.set_forkserver_preload(["xtf.testing.pool", "xtf.testing"])
+    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
     folder, told = tmp_path / "c", []
     for workers in (1, 2, 2):
         build = partial(tokenized, str(file), encoder, folder=str(folder), workers=workers, chunk_bytes=3000)

@@ -16,11 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import xtf
-from xtf import checkpoint, hf, tensorstore_io, tree
+from xtf import checkpoint, hf, tree
+from xtf.checkpoint import tensorstore as arrays
 from xtf.checkpoint import Checkpoints, Exporter, restore_params
 from xtf.layout import Place
-from xtf.parallel.collectives import local
-from xtf.testing.pool import pool
+from xtf.layout import local
+from xtf.testing import pool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool)
 MESHES = ((1,), (2,), (4,), (2, 2), (1, 2))
@@ -56,7 +57,7 @@ def same_here(a, b):
 
 def save_it(folder, leaves, sizes, seed, chunk, background):
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(tensorstore_io, "CHUNK_BYTES", chunk)
+        mp.setattr(arrays, "CHUNK_BYTES", chunk)
         with Checkpoints(folder, background=background) as checkpoints:
             state = placed(leaves, sizes, 0, seed)
             checkpoints.save(3, state, {"seed": seed})
@@ -106,10 +107,10 @@ def test_no_chunk_has_two_writers(shape, sizes, data):
     dims = data.draw(st.lists(st.integers(0, 1), min_size=len(sizes), max_size=len(sizes)))
     limit = data.draw(st.sampled_from([64, 4096, 1 << 20]))
     cuts = [[n for n, d in zip(sizes, dims, strict=True) if d == dim] for dim in range(2)]
-    grid = tuple(math.gcd(*tensorstore_io._boundaries(n, c)) or n for n, c in zip(shape, cuts, strict=True))
+    grid = tuple(math.gcd(*arrays._boundaries(n, c)) or n for n, c in zip(shape, cuts, strict=True))
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(tensorstore_io, "CHUNK_BYTES", limit)
-        chunk = tensorstore_io._chunk(grid, torch.empty(shape, device="meta"))
+        mp.setattr(arrays, "CHUNK_BYTES", limit)
+        chunk = arrays._chunk(grid, torch.empty(shape, device="meta"))
     writers = {}
     for rank, box in enumerate(boxes(shape, sizes, dims)):
         if all(size for _, size in box):
@@ -123,7 +124,7 @@ def test_no_chunk_has_two_writers(shape, sizes, data):
 
 def test_large_dims_without_divisors_are_not_cut_into_rows():
     for shape in ((50257, 768), (151_933, 1024), (7, 49_999_991)):
-        chunk = tensorstore_io._chunk(shape, torch.empty(shape, device="meta"))
+        chunk = arrays._chunk(shape, torch.empty(shape, device="meta"))
         assert 1 << 21 <= torch.Size(chunk).numel() * 4 <= 1 << 24, chunk
 
 
@@ -151,7 +152,7 @@ def one_fails(folder, culprit, where):
         if dist.get_rank() == culprit:
             def full(*args, **kwargs):
                 raise OSError(28, "No space left on device", f"{folder}/x")
-            mp.setattr(*{"write": (tensorstore_io, "write"), "commit": (os, "rename"), "copy": (tensorstore_io, "parts")}[where], full)
+            mp.setattr(*{"write": (arrays, "write"), "commit": (os, "rename"), "copy": (arrays, "parts")}[where], full)
         seen, start = None, time.monotonic()
         try:
             checkpoints.save(2, state, {})
@@ -226,7 +227,7 @@ def dies(rank, size, folder, culprit, moment):
     checkpoints.wait()
     if rank == culprit:
         kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-        {"write": lambda: setattr(tensorstore_io, "write", kill), "copy": lambda: setattr(tensorstore_io, "parts", kill),
+        {"write": lambda: setattr(arrays, "write", kill), "copy": lambda: setattr(arrays, "parts", kill),
          "rename": lambda: setattr(os, "rename", kill), "fsync": lambda: setattr(os, "fsync", kill)}[moment]()
     start = time.monotonic()
     try:
@@ -242,7 +243,7 @@ def dies(rank, size, folder, culprit, moment):
 @pytest.mark.parametrize("culprit, moment", [(1, "write"), (0, "write"), (2, "copy"), (0, "fsync"), (0, "rename")])
 def test_one_rank_that_dies_is_named_soon(tmp_path, culprit, moment):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xtf.testing.pool", "xtf.testing"])
+    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
     ranks = [context.Process(target=dies, args=(rank, 4, tmp_path, culprit, moment)) for rank in range(4)]
     for process in ranks:
         process.start()

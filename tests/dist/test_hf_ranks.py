@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import hf
-from xtf import safetensors_io as files
+from xtf.hf import safetensors as files
 from xtf.layout import Place
 from xtf.spec import Param
-from xtf.testing.pool import pool
+from xtf.testing import pool
 
 S, R = Shard, Replicate()
 EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"

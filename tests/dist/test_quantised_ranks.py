@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from xtf import hf, quantised
-from xtf import safetensors_io as files
-from xtf.hf_names import cut
+from xtf import hf
+from xtf.hf import quantised
+from xtf.hf import safetensors as files
+from xtf.hf.names import cut
 from xtf.layout import Place
-from xtf.quantised import DEEPSEEK
+from xtf.hf.quantised import DEEPSEEK
 from xtf.spec import Param
-from xtf.testing.pool import pool
+from xtf.testing import pool
 
 S, R = Shard, Replicate()
 BLOCK = (4, 8)

@@ -12,8 +12,8 @@ import xtf
 from tests import outsider
 from xtf import tree
 from xtf.data.batch import Batch
+from xtf.layout import local
 from xtf.parallel import fsdp, ulysses
-from xtf.parallel.collectives import local
 from xtf.testing import Layout, assert_equivalent, layouts, token_batches
 from xtf.transforms import bf16, jit
 

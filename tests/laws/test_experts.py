@@ -18,9 +18,8 @@ from xtf.data.batch import cut
 from xtf.kernels import swiglu
 from xtf.parallel import Overflow, ep, fsdp, static
 from xtf.parallel.collectives import record
-from xtf.testing import Layout, layouts, token_batches
+from xtf.testing import Layout, layouts, pool, token_batches
 from xtf.testing.laws import compare, shared_mesh, whole
-from xtf.testing.pool import pool
 from xtf.transforms import jit, overlap, remat
 
 BOUND = 1e-11              # float64: 2^-53 × the drawn sums' few thousand terms, as a part of each leaf's largest value

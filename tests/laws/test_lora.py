@@ -19,7 +19,7 @@ from xtf.parallel import collectives, ep, fsdp
 from xtf.spec import Normal
 from xtf.testing import Layout, assert_equivalent, layouts, pool, token_batches
 from xtf.testing.laws import shared_mesh
-from xtf.transforms.lora import B, base, join, lora, merge
+from xtf.transforms._lora import B, base, join, lora, merge
 
 USER = {"specs": outsider.specs(), "opt": outsider.opt, "vocab_size": outsider.V}
 

@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import xtf
 from tests import outsider
 from xtf import tree
+from xtf.layout import like, local
 from xtf.ops import local_matrices
 from xtf.optim import adamw, apply_updates, chain, clip_by_global_norm, ema, hidden_matrix, lion, moments, muon, partition, schedules, sgd
 from xtf.parallel import collectives, fsdp
-from xtf.parallel.collectives import like, local
-from xtf.shard import Transform
 from xtf.spec import Normal
 from xtf.testing import assert_equivalent, layouts, pool
 from xtf.testing.laws import shared_mesh
+from xtf.transform import Transform
 
 STEPS = 3
 SHAPES = {                                               # uneven rows, stacked experts, wide and tall, a vector and a scalar

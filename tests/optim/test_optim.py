@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import device, tree
+from xtf.layout import like, local
 from xtf.ops import LOCAL
 from xtf.optim import Optimizer, adamw, apply_updates, chain, clip_by_global_norm, hidden_matrix, lion, moments, muon, partition, schedules, sgd
-from xtf.parallel.collectives import like, local
 
 DONATE = replace(LOCAL, donate=True)
 BIG = (1 << 19) + 3                                                        # more than one piece of a leaf

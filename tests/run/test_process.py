@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import xtf
-from xtf import process
 from xtf.parallel import collectives
-from xtf.parallel.mesh import world
+from xtf.parallel._mesh import world
+from xtf.run import process
 from xtf.testing import Pool, pool
 
 WAIT = 30.0

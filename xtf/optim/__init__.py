@@ -6,13 +6,13 @@
     params = apply_updates(params, updates)
 """
 from xtf.optim import schedules
-from xtf.optim.adamw import adamw
+from xtf.optim._adamw import adamw
+from xtf.optim._ema import Ema, averaged, ema
+from xtf.optim._guard import Guard, guard
+from xtf.optim._muon import hidden_matrix, muon, orthogonalise
+from xtf.optim._partition import partition
 from xtf.optim.core import Optimizer, apply_updates, chain, clip_by_global_norm
-from xtf.optim.ema import Ema, averaged, ema
-from xtf.optim.guard import Guard, guard
 from xtf.optim.leafwise import lion, sgd
-from xtf.optim.muon import hidden_matrix, muon, orthogonalise
-from xtf.optim.partition import partition
 
 __all__ = ["Ema", "Guard", "Optimizer", "adamw", "apply_updates", "averaged", "chain", "clip_by_global_norm", "ema", "guard", "hidden_matrix",
            "lion", "muon", "orthogonalise", "partition", "schedules", "sgd"]

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from xtf import tree
+from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
-from xtf.parallel.collectives import like, local
 
 Mask = Callable[[str, torch.Tensor], bool]
 

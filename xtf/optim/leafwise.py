@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from xtf import device, tree
+from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
 from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, refusal
 from xtf.optim.schedules import Schedule
-from xtf.parallel.collectives import like, local
 
 
 def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0, mask: Mask | None = None) -> Optimizer:

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import device, tree
-from xtf.layout import Place
+from xtf.layout import Place, like, local
 from xtf.parallel import collectives as C
-from xtf.parallel.collectives import local
 
 Kind = Literal["fp32", "bf16", "int8"]
 BLOCK, LEAST = 256, 4096
@@ -66,7 +65,7 @@ def _scales(p: torch.Tensor) -> torch.Tensor:
 
 def copy(node: Any) -> Any:
     """A moment in memory of its own."""
-    return tree.tree_map(lambda x: C.like(local(x).clone(), x), node)
+    return tree.tree_map(lambda x: like(local(x).clone(), x), node)
 
 
 def rows(adam: Callable, u: torch.Tensor, p: torch.Tensor, m: Any, v: Any, step: torch.Tensor, ok: torch.Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The only home of raw collectives and of the door between DTensors and their local parts.
+"""The only home of raw collectives.
 
 Collectives that stand inside blocks (`all_sum`, `all_to_all`) are custom ops with registered adjoints, so that a block with them
 compiles into one graph. Those that the fsdp schedule starts and awaits by hand (`gather_start`, `scatter_start`) return a work
@@ -12,32 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
-
-from xtf.layout import Place
-
-
-def local(t: Any) -> Any:
-    """A DTensor's part on this rank; anything else as it is."""
-    return t._local_tensor if isinstance(t, DTensor) else t
-
-
-def like(t: torch.Tensor, stored: Any) -> torch.Tensor:
-    """`t`, this rank's part, dressed as `stored` is: a DTensor of the same placement, or plain."""
-    if not isinstance(stored, DTensor):
-        return t
-    spec = stored._spec
-    if t.dtype != spec.tensor_meta.dtype:  # pyright: ignore
-        spec = DTensorSpec(spec.mesh, spec.placements, spec.tensor_meta._replace(dtype=t.dtype))  # pyright: ignore
-    return DTensor(t, spec, requires_grad=t.requires_grad)  # pyright: ignore
-
-
-def part_like(whole: torch.Tensor, stored: Any) -> torch.Tensor:
-    """This rank's part of `whole`, a tensor that all ranks have, placed as `stored` is."""
-    if not isinstance(stored, DTensor):
-        return whole
-    offset, size = Place(stored.device_mesh, stored.placements).box(tuple(whole.shape))
-    return like(whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))].contiguous(), stored)
 
 
 class Sent(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from xtf.layout import like, local
 from xtf.ops import as_stack, in_stacks, local_matrices
+from xtf.parallel import _mesh as M
 from xtf.parallel import collectives as C
-from xtf.parallel import mesh as M
-from xtf.parallel.collectives import like, local
 
 
 class Part(NamedTuple):
@@ -71,7 +71,7 @@ def _sharing(leaf: torch.Tensor) -> tuple[int, ...]:
 
 
 def _shared(fn: Callable, leaves: list, mesh: Any, axes: tuple[int, ...]) -> list[torch.Tensor]:
-    group = M.group_of(mesh) if axes == (0,) else M.group(mesh, tuple(M.axes(mesh)[i] for i in axes))
+    group = M.group_of(mesh) if axes == (0,) else M.group(mesh, *(M.axes(mesh)[i] for i in axes))
     ranks, me = range(group.size), group.pg.rank()
     parts = [_parts(leaf, mesh, axes) for leaf in leaves]
     stacks = [as_stack(local(leaf)) for leaf in leaves]

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from xtf import tree
+from xtf._shard import shard
 from xtf.data.batch import Batch, cut
 from xtf.layout import AXES, PACK_AXES
 from xtf.ops import Ops
-from xtf.parallel.ep import ep, exact, static
-from xtf.parallel.fsdp import fsdp
-from xtf.parallel.mesh import mesh as make_mesh
-from xtf.parallel.ulysses import ulysses
-from xtf.shard import Env, Transform, shard
+from xtf.parallel._ep import ep, exact, static
+from xtf.parallel._fsdp import fsdp
+from xtf.parallel._mesh import mesh as make_mesh
+from xtf.parallel._ulysses import ulysses
 from xtf.spec import init
 from xtf.state import TrainState
-from xtf.testing.pool import pool
+from xtf.testing._pool import pool
+from xtf.transform import Env, Transform
 from xtf.transforms import jit, overlap, remat
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from xtf import hf, models, tree
+from xtf._shard import shard
 from xtf.data.batch import Batch, Sample, cut, pack, stack
 from xtf.grad import value_and_grad
 from xtf.layout import parse_mesh
 from xtf.ops import Ops
-from xtf.shard import shard
+from xtf.testing._pool import pool
 from xtf.testing.laws import Layout, shared_mesh, whole
-from xtf.testing.pool import pool
 
 
 def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch.dtype,

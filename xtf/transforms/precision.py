@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from xtf import tree
-from xtf.shard import Transform
+from xtf.transform import Transform
 
 CAST = torch.float32, torch.float64, torch.bfloat16    # what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
 

@@ -1,0 +1,107 @@
+"""Muon: momentum, made orthogonal matrix by matrix."""
+import math
+from typing import Any, Literal
+
+import torch
+
+from xtf import tree
+from xtf.kernels import product_dtype
+from xtf.layout import like, local
+from xtf.ops import LOCAL, Ops
+from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, refusal
+from xtf.optim.schedules import Schedule
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+
+
+def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, steps: int = 5, weight_decay: float = 0.1, mask: Mask | None = None,
+         adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw", dtype: torch.dtype | None = torch.bfloat16) -> Optimizer:
+    """Momentum whose singular values are brought near 1, with decoupled weight decay. With the gradient g of a matrix p [a, b]:
+
+        m = momentum m + (1 - momentum) g      u = momentum m + (1 - momentum) g if nesterov else m
+        update = -lr (scale orthogonalise(u) + weight_decay p)
+
+    Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). `scale` is 0.2 sqrt(max(a, b)), with which updates
+    are as large as AdamW's and take its learning rate and decay (Liu et al., Muon is Scalable for LLM Training, 2025, equation 4), or
+    with adjust="original" sqrt(max(1, a / b)) (Jordan). `orthogonalise` takes `steps` steps in `dtype` (None: that of the moments; float32
+    for bf16 on processors without bf16 products). `mask(path, leaf)` says which leaves decay. State: `{"step": int64 scalar, "m": tree}`.
+
+    Matrices that are stored in parts are brought together by `ops.matrices`, each on one rank. Embeddings, the head and vectors want
+    another optimizer: see `partition` and `hidden_matrix`.
+
+    Raises ValueError for a leaf that is no matrix, and as `adamw` does.
+
+    Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+
+    >>> tx, params = muon(0.1, weight_decay=0.0, adjust="original"), {"w": torch.zeros(2, 2, requires_grad=True)}
+    >>> updates, _ = tx.update({"w": torch.tensor([[1.0, 0.0], [0.0, 100.0]])}, tx.init(params), params)
+    >>> updates["w"].diagonal().lt(-0.05).tolist()
+    [True, True]
+    """
+    if adjust not in ("match_rms_adamw", "original"):
+        raise ValueError(f'muon: adjust must be "match_rms_adamw" or "original", got {adjust!r}')
+
+    def init(params: tree.Tree) -> tree.Tree:
+        for path, p in tree.flatten_with_path(params):
+            if p.requires_grad and p.ndim < 2:
+                raise ValueError(f"muon: {path} of shape {tuple(p.shape)} is no matrix; give it to another optimizer with `partition`")
+        return {"step": count(params), "m": tree.tree_map(moment, params)}
+
+    @torch.no_grad()
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+        ok = known(extra, ops)[1]
+        rate = lr(state["step"]) if callable(lr) else lr
+        leaves = [(path, *rest) for (path, _), rest in zip(tree.flatten_with_path(params), tree.zip_leaves(params, grads, state["m"]), strict=True)]
+        directions, moved = [], []
+        for path, p, g, old in leaves:
+            if g is None:
+                moved.append(old)
+                continue
+            if old is None or g.shape != p.shape:
+                raise refusal("muon", path, g, p)
+            m, g_ = local(old), local(g).to(old.dtype)
+            new = torch.lerp(m, g_, 1 - momentum)
+            u = torch.lerp(g_, new, momentum) if nesterov else new
+            moved.append(like(m.copy_(chosen(ok, new, m)) if ops.donate else chosen(ok, new, m), old))
+            directions.append(like(u.to(product_dtype(dtype or u.dtype, u.device)), g))
+        turned = iter(ops.matrices(lambda x_Nab: orthogonalise(x_Nab, steps), directions))
+        updates = []
+        for path, p, g, old in leaves:
+            if g is None:
+                updates.append(None)
+                continue
+            a, b = p.shape[-2:]
+            scale = 0.2 * math.sqrt(max(a, b)) if adjust == "match_rms_adamw" else math.sqrt(max(1, a / b))
+            o = local(next(turned)).to(old.dtype)
+            decay = weight_decay if mask is None or mask(path, p) else 0.0
+            u = local(g).to(old.dtype).copy_(chosen(ok, (scale * o + decay * local(p)) * -rate, -0.0))
+            updates.append(like(u, g))
+        step = state["step"] + (1 if ok is None else ok)
+        return tree.unflatten(updates, params), {"step": step, "m": tree.unflatten(moved, params)}
+    return Optimizer(init, update)
+
+
+def orthogonalise(x_Nab: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Each matrix U S V' brought near U V': its singular values, divided by their 2-norm, go `steps` times through a quintic that pushes
+    (0, 1] towards [0.7, 1.2]. Products run in the matrices' dtype; the update's scale does not depend on the gradient's.
+
+    >>> orthogonalise(torch.diag(torch.tensor([3.0, 0.5])).unsqueeze(0)).diagonal(dim1=1, dim2=2).sub(1).abs().max().item() < 0.4
+    True
+    """
+    a, b, c = COEFFICIENTS
+    wide = x_Nab.shape[-2] <= x_Nab.shape[-1]
+    x = x_Nab if wide else x_Nab.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def hidden_matrix(path: str, leaf: torch.Tensor) -> bool:
+    """Whether Muon is meant for a leaf: a matrix or a stack of them, and neither embedding nor head.
+
+    >>> [hidden_matrix(path, torch.ones(2, 2)) for path in ("layers.0.q.weight", "embed.weight", "head.weight")]
+    [True, False, False]
+    """
+    return leaf.ndim in (2, 3) and not {"embed", "head"} & set(path.split("."))

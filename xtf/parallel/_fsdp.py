@@ -1,0 +1,317 @@
+"""`fsdp`: leaves stored in parts, computed whole.
+
+FSDP is the difference between two layouts: gather on the way in, reduce-scatter as its adjoint. A block's leaves are gathered into
+one bucket; the gather of the next block starts before this one computes, and the bucket is dropped after it. Nothing is computed
+twice: what autograd saved of a bucket was a view of it, and a saved-tensor hook keeps (dtype, offset, size, stride) in its place;
+in backward the first such handle asks for the bucket again and starts the gather of the block before. With remat the gather moves
+inside the checkpointed function, and no handles are needed (hooks do not nest with checkpoint's own).
+
+Bytes of one `value_and_grad` (so of each micro-batch), for a bucket of S bytes (rows padded to a multiple of the W ranks): each
+gather sends (W - 1) / W × S from a rank, twice (once with reshard=False, and for a block whose backward needs no weight); the
+reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
+"""
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import _disable_current_modes
+
+from xtf import tree
+from xtf.layout import local
+from xtf.ops import Ops, refuse_closures, run_block
+from xtf.parallel import _mesh as M
+from xtf.parallel import collectives as C
+from xtf.transform import Env, Transform, computed
+
+
+def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = torch.float32) -> Transform:
+    """Store every leaf over `axes` (those that no transform computes over), and gather it where it is used.
+
+    Gathers move the dtype that leaves compute in (`bf16()`: bf16 casts of fp32 masters); gradients are reduced in at least
+    `reduce_dtype` (None: as they come). `reshard=False` keeps gathered weights from forward to backward: half the gathers, all the
+    weights in memory. Leaves that are whole already but compute in another dtype are treated alike: on one process, too, the cast
+    copies of one block at a time are alive. A `replicate` axis left out of `axes` is HSDP: parts are stored per group, gradients
+    summed across groups.
+
+    Sources: ZeRO (arXiv 1910.02054), FSDP (arXiv 2304.11277).
+
+    >>> fsdp("dp", "sp").store
+    ('dp', 'sp')
+    """
+    if not axes:
+        raise ValueError('fsdp: name the mesh axes to store over, e.g. fsdp("dp", "ep", "sp")')
+    return Transform("fsdp", 10, lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None or env.casts else ops, store=axes)
+
+
+class Slot(NamedTuple):
+    """One leaf in its bucket: where, and how to get the leaf back. `front` is its shape with the storage dim in front.
+
+    `group` is None for a leaf that is whole here and only cast.
+    """
+    part: torch.Tensor
+    dtype: torch.dtype
+    at: int
+    dim: int
+    front: tuple[int, ...]
+    rows: int                                            # rows a rank, ceil(n / W): parts are padded to it
+    ranks: int
+    group: C.Group | None
+
+    @property
+    def padded(self) -> int:
+        return self.rows * math.prod(self.front[1:])
+
+    def whole(self, flat: torch.Tensor) -> torch.Tensor:
+        """The leaf as a view of the bucket."""
+        return flat[self.at:self.at + math.prod(self.front)].view(self.front).movedim(0, self.dim)
+
+
+class Bucket:
+    """The leaves of one block that are stored in parts or in another dtype, whole in one buffer a dtype while they are needed."""
+
+    def __init__(self, leaves: Sequence[torch.Tensor], env: Env, stats: dict[str, int]):
+        self.slots: list[Slot] = []
+        self.sizes: dict[torch.dtype, int] = {}
+        self.stats = stats
+        for leaf in leaves:
+            part = local(leaf)
+            dtype = env.cast(part)
+            dim, group = (leaf.placements[0].dim, M.group_of(leaf.device_mesh)) if _in_parts(leaf) else (0, None)  # pyright: ignore
+            shape = list(part.shape)
+            shape[dim] = leaf.shape[dim] if group else shape[dim]
+            front = (shape[dim], *shape[:dim], *shape[dim + 1:])
+            ranks = group.size if group else 1
+            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), ranks, group)
+            self.sizes[dtype] = slot.at + ranks * slot.padded
+            self.slots.append(slot)
+        self.flat: dict[torch.dtype, torch.Tensor] = {}
+        self.works: list[tuple[Any, torch.Tensor]] = []
+        self.next: Bucket | None = None
+        self.prev: Bucket | None = None
+        self.inside = False                              # forward gave the block's inputs a border that backward has not passed
+
+    def start(self) -> None:
+        """Start gathering, unless that is done or under way."""
+        if self.flat:
+            return
+        with _disable_current_modes():                   # the schedule is no part of what selective checkpoint replays or counts
+            self.flat = {d: self.slots[0].part.new_empty(n, dtype=d) for d, n in self.sizes.items()}
+            for s in self.slots:
+                whole = self.flat[s.dtype][s.at:s.at + s.ranks * s.padded]
+                if s.group is None:
+                    whole.view(s.front).copy_(s.part.detach())
+                    continue
+                part = s.part.detach().to(s.dtype).movedim(s.dim, 0).reshape(-1)
+                if part.numel() < s.padded:
+                    part = F.pad(part, (0, s.padded - part.numel()))
+                self.works.append((C.gather_start(whole, part, s.group), part))
+        self.stats["gathers"] += 1
+        self.stats["alive"] += 1
+        self.stats["most_alive"] = max(self.stats["most_alive"], self.stats["alive"])
+
+    def need(self, ahead: "Bucket | None") -> dict[torch.dtype, torch.Tensor]:
+        """The gathered buffers, once `ahead` has been started behind them."""
+        self.start()
+        self.wait()
+        if ahead is not None and any(s.group for s in ahead.slots):                  # a mere cast has nothing to wait for
+            ahead.start()
+        return self.flat
+
+    def wait(self) -> None:
+        for work, _ in self.works:
+            work.wait()
+        self.works = []
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        if self.flat:
+            self.wait()
+            self.flat = {}
+            self.stats["alive"] -= 1
+
+    def handles(self) -> Any:
+        """The hook that keeps a handle for every saved view of this bucket."""
+        bases = {flat.untyped_storage()._cdata: dtype for dtype, flat in self.flat.items() if flat.numel()}      # fake tensors have no addresses
+
+        def pack(t: torch.Tensor) -> Any:
+            if bases.get(t.untyped_storage()._cdata) is t.dtype:
+                return t.dtype, t.size(), t.stride(), t.storage_offset()
+            return t
+
+        def unpack(h: Any) -> torch.Tensor:
+            return h if isinstance(h, torch.Tensor) else self.need(self.prev)[h[0]].as_strided(*h[1:])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class Pending(NamedTuple):
+    """A gradient on its way: the leaf it is for, its part of the sum (once `work` is done), and what must stay alive until then."""
+    leaf: torch.Tensor
+    grad: torch.Tensor
+    work: Any
+    keep: torch.Tensor | None
+
+
+class Gather(torch.autograd.Function):
+    """Parts → whole leaves. One output a leaf (slices of one flat output cost ten times as much in backward).
+
+    Backward deposits (leaf, part, work) and returns None: autograd would add a tied leaf's two gradients before they are there.
+    """
+    @staticmethod
+    def forward(ctx, bucket, ahead, pending, reduce_dtype, *parts):
+        ctx.bucket, ctx.pending, ctx.reduce_dtype = bucket, pending, reduce_dtype
+        ctx.set_materialize_grads(False)
+        flat = bucket.need(ahead)
+        out = tuple(s.whole(flat[s.dtype]) for s in bucket.slots)
+        ctx.mark_non_differentiable(*[o for o, p in zip(out, parts, strict=True) if not p.requires_grad])
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not ctx.bucket.inside:
+            ctx.bucket.drop()
+        settle(ctx.pending)                              # those of the block before, which flew under this one's compute
+        for g, s in zip(grads, ctx.bucket.slots, strict=True):
+            if g is None or not s.part.requires_grad:
+                continue
+            if s.group is None:
+                ctx.pending.append(Pending(s.part, g.to(s.part.dtype), None, None))
+                continue
+            dtype = g.dtype if ctx.reduce_dtype is None else torch.promote_types(g.dtype, ctx.reduce_dtype)
+            whole = g.movedim(s.dim, 0).to(dtype).reshape(-1)
+            if whole.numel() < s.ranks * s.padded:
+                whole = F.pad(whole, (0, s.ranks * s.padded - whole.numel()))
+            whole = whole.contiguous()
+            out = whole.new_empty(s.padded)
+            work = C.scatter_start(out, whole, s.group)
+            n = s.part.shape[s.dim]
+            part = out[:n * math.prod(s.front[1:])].view(n, *s.front[1:]).movedim(0, s.dim)
+            ctx.pending.append(Pending(s.part, part, work, whole))
+        return (None,) * (4 + len(grads))
+
+
+def settle(pending: list[Pending]) -> None:
+    """Wait for what is under way and let go of the messages: whole gradients are alive for two blocks at most."""
+    for i, p in enumerate(pending):
+        if p.work is not None:
+            p.work.wait()
+            pending[i] = Pending(p.leaf, p.grad, None, None)
+
+
+class Border(torch.autograd.Function):
+    """Identity on a block's inputs. Its adjoint runs last in the block, frozen leaves or not, and drops the bucket."""
+    @staticmethod
+    def forward(ctx, bucket, *xs):
+        ctx.bucket = bucket
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.bucket.inside = False
+        ctx.bucket.drop()
+        return (None, *grads)
+
+
+def _border(bucket: Bucket, args: tuple) -> tuple:
+    leaves, treedef = tree.flatten(args)
+    idx = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor) and a.requires_grad]
+    if not idx or not torch.is_grad_enabled():
+        return args
+    bucket.inside = True
+    for i, x in zip(idx, Border.apply(bucket, *[leaves[i] for i in idx]), strict=True):  # pyright: ignore
+        leaves[i] = x
+    return tree.unflatten(leaves, treedef)
+
+
+def _in_parts(leaf: torch.Tensor) -> bool:
+    return isinstance(leaf, DTensor) and isinstance(leaf.placements[0], Shard) and leaf.device_mesh.size(0) > 1
+
+
+def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -> Ops:
+    pending: list[Pending] = []
+    stats = {"gathers": 0, "alive": 0, "most_alive": 0}
+    for p in () if env.layout is None else tree.leaves(env.layout):
+        M.group_of(p.mesh)                               # making groups is a collective: here, in one order, and not inside a step
+
+    def prepare(params: tree.Tree) -> tuple[list, Any, list[int], Bucket | None]:
+        leaves, treedef = tree.flatten(params)
+        stored = [i for i, p in enumerate(leaves) if _in_parts(p) or env.cast(local(p)) != p.dtype]
+        return leaves, treedef, stored, Bucket([leaves[i] for i in stored], env, stats) if stored else None
+
+    def whole(prepared: tuple, ahead: Bucket | None) -> tree.Tree:
+        leaves, treedef, stored, bucket = prepared
+        out = list(leaves)
+        if bucket is not None:
+            for i, x in zip(stored, Gather.apply(bucket, ahead, pending, reduce_dtype, *[s.part for s in bucket.slots]), strict=True):  # pyright: ignore
+                out[i] = x
+        for i in set(range(len(out))) - set(stored):
+            out[i] = computed(out[i], env)
+        return tree.unflatten(out, treedef)
+
+    def call(fn: Callable, prepared: tuple, *args: Any) -> Any:
+        """Make whole, run, drop; backward gathers again through the handles."""
+        bucket = prepared[3]
+        if bucket is None:
+            return fn(whole(prepared, None), *args)
+        params = whole(prepared, bucket.next)
+        args = _border(bucket, args)
+        if not reshard and torch.is_grad_enabled():
+            return fn(params, *args)
+        with bucket.handles():
+            out = fn(params, *args)
+        bucket.drop()
+        return out
+
+    def use(fn: Callable, params: tree.Tree, *args: Any) -> Any:
+        return call(fn, prepare(params), *args)
+
+    def scan(block: Callable, layers: Sequence, x: Any, *shared: Any, xs: Sequence | None = None, around: Callable | None = None) -> tuple[Any, list]:
+        refuse_closures(block)
+        all_prepared = [prepare(params) for params in layers]
+        buckets = [p[3] for p in all_prepared]
+        for a, b in itertools.pairwise(buckets):
+            if a is not None and b is not None:
+                a.next, b.prev = b, a
+        ys = []
+        for i, prepared in enumerate(all_prepared):
+            extra = () if xs is None else (xs[i],)
+
+            def run(params: tree.Tree, x: Any, *shared: Any, extra: tuple = extra) -> tuple[Any, Any]:
+                return run_block(block, params, x, *shared, extra=extra)
+
+            if around is None:
+                x, y = call(run, prepared, x, *shared)
+            else:
+                again: list[bool] = []                   # filled by the first run: the second is backward's recomputation
+
+                def inside(x: Any, *shared: Any, prepared: tuple = prepared, run: Callable = run, again: list = again) -> tuple[Any, Any]:
+                    bucket = prepared[3]
+                    params = whole(prepared, bucket and (bucket.prev if again else bucket.next))
+                    again.append(True)
+                    return run(params, *(_border(bucket, (x, *shared)) if bucket else (x, *shared)))
+
+                x, y = around(inside)(x, *shared)
+                if prepared[3] is not None:
+                    prepared[3].drop()
+            ys.append(y)
+        return x, ys
+
+    def collect(grads: list, leaves: list) -> list:
+        index = {id(x): i for i, x in enumerate(leaves)}
+        for p in pending:
+            if p.work is not None:
+                p.work.wait()
+            i = index.get(id(p.leaf))                    # None: left over from a step that raised
+            if i is not None:
+                part = p.grad.to(p.leaf.dtype)
+                grads[i] = part if grads[i] is None else grads[i] + part
+        pending.clear()
+        return ops.collect(grads, leaves)
+
+    collect.stats = stats                                # for the tests of the schedule
+    return replace(ops, use=use, scan=scan, collect=collect)

@@ -1,0 +1,3 @@
+from xtf.plan import main
+
+main()
