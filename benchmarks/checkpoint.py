@@ -3,13 +3,15 @@
     python benchmarks/checkpoint.py                      # 1 GB on 1 and on 4 ranks
     python benchmarks/checkpoint.py --small              # a few MB, to see that it runs
 
-Both sides save the same tree (parameters and two moments of a transformer, fp32) to the same disk, with checksums (crc32c ours; the crc32
-of torch.save theirs, which their load does not look at) and fsync of every file (ours: and folder), and restore it into memory that exists.
-Time is the slowest rank's, `ratio` that of the medians and `paired` the median of the rounds' own ratios; cpu is processor time of all ranks,
-which others on the machine disturb less; memory is what all ranks together needed at their peak beyond what they held before. What is
-restored is compared bit for bit. `stall` is how long `save` keeps the training waiting when it works in the background, `first` the same
-where its buffers have to be made; `step` is the time that the products alone of a training step of this model on 2048 tokens take here on
-every rank at once (6 × parameters × tokens, at the rate of torch.mm), so a step takes longer. `load` is of the last minute, at the end.
+Both sides save the same tree (parameters and two moments of a transformer, fp32) to the same disk, with checksums
+(crc32c ours; the crc32 of torch.save theirs, which their load does not look at) and fsync of every file (ours: and
+folder), and restore it into memory that exists. Time is the slowest rank's, `ratio` that of the medians and `paired`
+the median of the rounds' own ratios; cpu is processor time of all ranks, which others on the machine disturb less;
+memory is what all ranks together needed at their peak beyond what they held before. What is restored is compared bit
+for bit. `stall` is how long `save` keeps the training waiting when it works in the background, `first` the same where
+its buffers have to be made; `step` is the time that the products alone of a training step of this model on 2048 tokens
+take here on every rank at once (6 × parameters × tokens, at the rate of torch.mm), so a step takes longer. `load` is of
+the last minute, at the end.
 """
 import argparse
 import json
@@ -38,8 +40,9 @@ def shapes(small: bool) -> dict[str, tuple[int, ...]]:
     width, layers, vocab = (64, 2, 512) if small else (768, 8, 32768)
     out: dict[str, tuple[int, ...]] = {"embed": (vocab, width)}
     for i in range(layers):
-        for name, shape in {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width), "gate": (3 * width, width),
-                            "up": (3 * width, width), "down": (width, 3 * width), "norm1": (width,), "norm2": (width,)}.items():
+        for name, shape in {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width),
+                            "gate": (3 * width, width), "up": (3 * width, width), "down": (width, 3 * width),
+                            "norm1": (width,), "norm2": (width,)}.items():
             out[f"layers.{i}.{name}"] = shape
     return out | {"norm": (width,)} | ({} if small else {"more": (vocab // 8, width)})
 
@@ -86,15 +89,18 @@ def one_round(folder: str, small: bool, first: int) -> dict[str, dict[str, float
     with Checkpoints(f"{folder}/ours", background=False) as ours:
         ours.save(1, state, {})                                          # JAX is imported once in a run
         sides = {"ours": (lambda: ours.save(2, state, {}), lambda: ours.restore(into, 2)),
-                 "DCP": (lambda: dcp.save(state, checkpoint_id=f"{folder}/dcp"), lambda: dcp.load(into, checkpoint_id=f"{folder}/dcp"))}
-        order = list(sides)[::-1 if first else 1]                        # the one that goes first may leave the disk busy
+                 "DCP":
+                 (lambda: dcp.save(state, checkpoint_id=f"{folder}/dcp"), lambda: dcp.load(into,
+                                                                                           checkpoint_id=f"{folder}/dcp"))}
+        order = list(sides)[::-1 if first else 1]  # the one that goes first may leave the disk busy
         for who in order:
             out[f"save {who}"] = measured(sides[who][0])
         for who in order:
             for x in tree.leaves(into):
                 x.to_local().fill_(7.0)
             out[f"restore {who}"] = measured(sides[who][1])
-            assert all(torch.equal(a.to_local(), b.to_local()) for a, b in tree.zip_leaves(state, into)), f"{who}: not what was saved"
+            assert all(torch.equal(a.to_local(), b.to_local())
+                       for a, b in tree.zip_leaves(state, into)), f"{who}: not what was saved"
     with Checkpoints(f"{folder}/ours") as ours:
         for step, key in ((3, "first ours"), (4, "stall ours")):
             out[key] = measured(lambda step=step: ours.save(step, state, {}))
@@ -117,9 +123,10 @@ def main() -> None:
     folder = tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder)
     nbytes, cores = 12 * sum(torch.Size(s).numel() for s in shapes(args.small).values()), os.cpu_count()
     rows: list[dict] = []
-    print(f"{nbytes / 1e9:.3f} GB, {3 * len(shapes(args.small))} leaves, medians of {args.rounds} interleaved rounds, {cores} cores")
-    print(f"{'ranks':>5}  {'what':8} {'ours s':>8} {'DCP s':>8} {'ratio':>6} {'paired':>6}   {'ours GB':>8} {'DCP GB':>8}"
-          f"   {'ours cpu':>8} {'DCP cpu':>8}")
+    print(f"{nbytes / 1e9:.3f} GB, {3 * len(shapes(args.small))} leaves, medians of {args.rounds} interleaved rounds, "
+          f"{cores} cores")
+    print(f"{'ranks':>5}  {'what':8} {'ours s':>8} {'DCP s':>8} {'ratio':>6} {'paired':>6}   {'ours GB':>8} "
+          f"{'DCP GB':>8}   {'ours cpu':>8} {'DCP cpu':>8}")
     try:
         for ranks in args.ranks:
             rounds: list[dict[str, dict[str, float]]] = []
@@ -136,16 +143,19 @@ def main() -> None:
                 row = {"ranks": ranks, "what": what, "ours": a, "dcp": b, "ratio": a["seconds"] / b["seconds"],
                        "paired": statistics.median(x / y for x, y in pairs), "seconds": pairs}
                 rows.append(row)
-                print(f"{ranks:>5}  {what:8} {a['seconds']:8.3f} {b['seconds']:8.3f} {row['ratio']:6.2f} {row['paired']:6.2f}"
-                      f"   {a['gb']:8.3f} {b['gb']:8.3f}   {a['cpu']:8.3f} {b['cpu']:8.3f}", flush=True)
+                print(f"{ranks:>5}  {what:8} {a['seconds']:8.3f} {b['seconds']:8.3f} {row['ratio']:6.2f} "
+                      f"{row['paired']:6.2f}   {a['gb']:8.3f} {b['gb']:8.3f}   {a['cpu']:8.3f} {b['cpu']:8.3f}",
+                      flush=True)
             for key in ("first", "stall", "step"):
                 print(f"{ranks:>5}  {key:8} {middle[f'{key} ours']['seconds']:8.3f}", flush=True)
             print(f"{ranks:>5}  {'load':8} {os.getloadavg()[0]:8.1f}", flush=True)
-            rows.append({"ranks": ranks, "what": "stall"} | {key: middle[f"{key} ours"]["seconds"] for key in ("first", "stall", "step")})
+            rows.append({"ranks": ranks, "what": "stall"}
+                        | {key: middle[f"{key} ours"]["seconds"] for key in ("first", "stall", "step")})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if args.out:
-        Path(args.out).write_text(json.dumps({"bytes": nbytes, "rounds": args.rounds, "cores": cores, "rows": rows}, indent=1))
+        Path(args.out).write_text(json.dumps({"bytes": nbytes, "rounds": args.rounds, "cores": cores, "rows": rows},
+                                             indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Our training step beside a plain transformers loop on this processor: `make bench`, or `python benchmarks/cpu.py --quick` for minutes.
+"""Our training step beside a plain transformers loop on this processor: `make bench`, or `python benchmarks/cpu.py
+--quick` for minutes.
 
-Every case is a process of its own that stays loaded and runs one step when told; a round runs each case once, on the same tokens, one
-at a time. All times are medians over rounds, and a ratio is the median of the ratios within a round, so that a machine which other
-people use too slows both sides alike. Each group compares like with like; what is compared stands in loops.py.
+Every case is a process of its own that stays loaded and runs one step when told; a round runs each case once, on the
+same tokens, one at a time. All times are medians over rounds, and a ratio is the median of the ratios within a round,
+so that a machine which other people use too slows both sides alike. Each group compares like with like; what is
+compared stands in loops.py.
 """
 import argparse
 import ctypes
@@ -29,12 +31,14 @@ from rich.table import Table
 from xtf import device
 
 THIN = Shape(hidden=64, intermediate=128, layers=28, heads=4, kv_heads=2, head_dim=16, vocab=512)
-MEMORY = ("resident: VmHWM of one step after warm-up, less resident memory before the model is made (after a step of a tiny one), less parameters, "
-          "gradients and moments. tensors: the most bytes of tensors that a step holds over those before it (torch.profiler), less gradients.")
+MEMORY = ("resident: VmHWM of one step after warm-up, less resident memory before the model is made (after a step of "
+          "a tiny one), less parameters, gradients and moments. tensors: the most bytes of tensors that a step holds "
+          "over those before it (torch.profiler), less gradients.")
 PEAK = "torch.mm 1024³, in the dtype of the products, best of 5 in each round"
 
 
-SERVER = multiprocessing.get_context("forkserver")                 # libraries are imported once, and no thread is alive when a child is made
+# libraries are imported once, and no thread is alive when a child is made
+SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["loops", "transformers.models.qwen3.modeling_qwen3"])
 
 
@@ -47,7 +51,7 @@ class Group(NamedTuple):
     seq_len: int
     whole: bool = False
     trained: float = 1.0
-    host: bool = False                                             # time outside kernels is what counts: memory and peak say nothing
+    host: bool = False  # time outside kernels is what counts: memory and peak say nothing
 
 
 def groups(args: argparse.Namespace) -> list[Group]:
@@ -56,15 +60,18 @@ def groups(args: argparse.Namespace) -> list[Group]:
     thin = (THIN._replace(layers=2) if args.toy else THIN, 1, 16)
     if args.quick:
         few = [hf("rows", "sdpa", "full"), hf("flat", "documents", "full"), hf("packs", "documents", "chunked"), Case()]
-        return [g for g in (Group("fp32", few, *tokens), Group("host time", [few[0], Case()], *thin, host=True)) if args.only in ("", g.title)]
+        return [g for g in (Group("fp32", few, *tokens), Group("host time", [few[0], Case()], *thin, host=True))
+                if args.only in ("", g.title)]
     ours = [Case(), Case(compile="layers")]
     plain = [hf("rows", "sdpa", "full"), hf("rows", "sdpa", "full", "layers")]
     documents = [hf("flat", "documents", "full"), hf("flat", "documents", "full", "layers")]
-    many = [*plain, hf("rows", "sdpa", "full", "model"), hf("rows", "sdpa", "chunked", "layers"), *documents, hf("flat", "documents", "chunked"),
-            plain[1]._replace(keep_pages=True), documents[0]._replace(keep_pages=True), *ours]
+    many = [*plain, hf("rows", "sdpa", "full", "model"), hf("rows", "sdpa", "chunked", "layers"), *documents,
+            hf("flat", "documents", "chunked"), plain[1]._replace(keep_pages=True),
+            documents[0]._replace(keep_pages=True), *ours]
     made = [Group("fp32", many, *tokens),
             Group("fp32, one document a pack", [*plain, *ours], *tokens, whole=True),
-            Group("fp32, loss on the second half of each document", [*plain, documents[0], *ours], *tokens, trained=0.5),
+            Group("fp32, loss on the second half of each document", [*plain, documents[0], *ours], *tokens,
+                  trained=0.5),
             Group("host time", [*plain, documents[0], *ours], *thin, host=True)]
     if device.native_bf16():                                       # elsewhere theirs runs at a hundredth of the speed
         titles = {"masters": "bf16 over fp32 masters", "bf16": "pure bf16"}
@@ -75,7 +82,8 @@ def groups(args: argparse.Namespace) -> list[Group]:
 # ---------------------------------------------------------------- one case, in its own process
 
 def child(pipe: Any, case: Case | None, group: Group, threads: int) -> None:
-    """Answer commands: ("step", seed), ("memory", seed), ("profile", seed) and None, the end. `case=None` measures the product peak.
+    """Answer commands: ("step", seed), ("memory", seed), ("profile", seed) and None, the end. `case=None` measures the
+    product peak.
 
     Every answer is (True, value) or (False, what went wrong).
     """
@@ -115,7 +123,8 @@ def _runner(case: Case, group: Group) -> Any:
             return _profile(step, batch)
         Path("/proc/self/clear_refs").write_text("5")              # VmHWM starts again
         step(batch)
-        return {"resident": _status("VmHWM") - before - 2 * gradients - moments, "tensors": _tensors(step, batch) - gradients}
+        return {"resident": _status("VmHWM") - before - 2 * gradients - moments,
+                "tensors": _tensors(step, batch) - gradients}
     return run
 
 
@@ -216,14 +225,17 @@ def measure(group: Group, args: argparse.Namespace) -> dict:
             continue
         first, *steps = c.steps
         rates = [p["flops_per_s"] for p in peak.steps[1:]]
-        rows.append({"case": case.name, **case._asdict(), "first_loss": first["loss"], "memory": memory, "profile": profile,
-                     "seconds": [s["seconds"] for s in steps], "cpu_seconds": [s["cpu_seconds"] for s in steps],
+        rows.append({"case": case.name, **case._asdict(), "first_loss": first["loss"], "memory": memory,
+                     "profile": profile, "seconds": [s["seconds"] for s in steps],
+                     "cpu_seconds": [s["cpu_seconds"] for s in steps],
                      "tokens_per_s": statistics.median(group.packs * group.seq_len / s["seconds"] for s in steps),
-                     "of_peak": statistics.median(s["flops"] / s["seconds"] / r for s, r in zip(steps, rates, strict=True))})
+                     "of_peak":
+                     statistics.median(s["flops"] / s["seconds"] / r for s, r in zip(steps, rates, strict=True))})
     for c in everyone:
         c.end()
-    result = {"group": group.title, "shape": group.shape._asdict(), "tokens": group.packs * group.seq_len, "seq_len": group.seq_len,
-              "host": group.host, "peak_flops_per_s": statistics.median(p["flops_per_s"] for p in peak.steps[1:]), "rows": rows}
+    result = {"group": group.title, "shape": group.shape._asdict(), "tokens": group.packs * group.seq_len,
+              "seq_len": group.seq_len, "host": group.host,
+              "peak_flops_per_s": statistics.median(p["flops_per_s"] for p in peak.steps[1:]), "rows": rows}
     losses = [r["first_loss"] for r in rows if "failed" not in r]
     return result | {"compared": compare(rows), "loss_spread": (max(losses) - min(losses)) / min(losses)}
 
@@ -240,12 +252,15 @@ def compare(rows: list[dict]) -> dict[str, dict]:
         if not ours or not among:
             continue
         best, peer = fastest(ours), fastest(among)
-        paired = lambda what, best=best, peer=peer: statistics.median(t / o for o, t in zip(best[what], peer[what], strict=True))
-        out[name] = {"ours": best["case"], "theirs": peer["case"], "speed": paired("seconds"), "speed_in_cpu_time": paired("cpu_seconds")}
+        paired = lambda what, best=best, peer=peer: statistics.median(t / o for o, t in zip(best[what], peer[what],
+                                                                                            strict=True))
+        out[name] = {"ours": best["case"], "theirs": peer["case"], "speed": paired("seconds"),
+                     "speed_in_cpu_time": paired("cpu_seconds")}
         if best["memory"]:
             smallest = min(among, key=lambda r: r["memory"]["resident"])
             out[name] |= {f"memory_{k}": best["memory"][k] / peer["memory"][k] for k in ("resident", "tensors")}
-            out[name] |= {"smallest": smallest["case"], "memory_resident_to_smallest": best["memory"]["resident"] / smallest["memory"]["resident"]}
+            out[name] |= {"smallest": smallest["case"],
+                          "memory_resident_to_smallest": best["memory"]["resident"] / smallest["memory"]["resident"]}
     return out
 
 
@@ -255,15 +270,17 @@ def show(console: Console, result: dict) -> None:
     scale, unit = (1e3, "ms") if result["host"] else (1, "s")
     table = Table(title=f"{result['group']}: {result['tokens']} tokens in packs of {result['seq_len']}, product peak "
                         f"{result['peak_flops_per_s'] / 1e9:.0f} GFLOP/s", title_justify="left")
-    for head in ("case", f"{unit} a step", f"CPU {unit}", "tokens/s", "of peak", "resident MB", "tensors MB", "first loss"):
+    for head in ("case", f"{unit} a step", f"CPU {unit}", "tokens/s", "of peak", "resident MB", "tensors MB",
+                 "first loss"):
         table.add_column(head, justify="left" if head == "case" else "right")
     for r in sorted(result["rows"], key=lambda r: statistics.median(r.get("seconds", [math.inf]))):
         if "failed" in r:
             table.add_row(r["case"], "failed")
             continue
         memory = ["", ""] if r["memory"] is None else [f"{r['memory'][k] / 1e6:,.0f}" for k in ("resident", "tensors")]
-        table.add_row(r["case"], f"{scale * statistics.median(r['seconds']):.3f}", f"{scale * statistics.median(r['cpu_seconds']):.3f}",
-                      f"{r['tokens_per_s']:,.0f}", "" if result["host"] else f"{r['of_peak']:.2f}", *memory, f"{r['first_loss']:.5f}",
+        table.add_row(r["case"], f"{scale * statistics.median(r['seconds']):.3f}",
+                      f"{scale * statistics.median(r['cpu_seconds']):.3f}", f"{r['tokens_per_s']:,.0f}",
+                      "" if result["host"] else f"{r['of_peak']:.2f}", *memory, f"{r['first_loss']:.5f}",
                       style="bold" if r["who"] == "xtf" else "")
     console.print(table)
     for r in result["rows"]:
@@ -283,26 +300,32 @@ def show(console: Console, result: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few cases, fp32 alone, nothing compiled")
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to see that everything runs (with --quick: seconds)")
+    parser.add_argument("--toy", action="store_true",
+                        help="a tiny model, to see that everything runs (with --quick: seconds)")
     parser.add_argument("--only", default="", help="the group of this title alone")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7, help="of which medians are taken (5 times as many where only host time is measured)")
+    parser.add_argument("--rounds", type=int, default=7,
+                        help="of which medians are taken (5 times as many where only host time is measured)")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--packs", type=int, default=1, help="each is a micro-batch of ours")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--profile", action="store_true", help="where our time goes, by operator")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"cpu-{datetime.date.today()}.json")
+    parser.add_argument("--out", type=Path,
+                        default=Path(__file__).parent / "results" / f"cpu-{datetime.date.today()}.json")
     args = parser.parse_args(argv)
     if device.device().type != "cpu":
         parser.error("this machine has an accelerator; use benchmarks/gpu.py, or hide it")
     import transformers
     torch.set_num_threads(args.threads)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")    # the children's: idle pools would take time from the others
+    # the children's: idle pools would take time from the others
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__, "transformers": transformers.__version__,
-                              "threads": args.threads, "rounds": args.rounds, "memory": MEMORY, "flops": FLOPS, "peak": PEAK, "groups": []}
+    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__,
+                              "transformers": transformers.__version__, "threads": args.threads, "rounds": args.rounds,
+                              "memory": MEMORY, "flops": FLOPS, "peak": PEAK, "groups": []}
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}", highlight=False)
+    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}",
+                  highlight=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = groups(args)
     if not chosen:

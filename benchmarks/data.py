@@ -1,12 +1,13 @@
-"""A file of text tokenised, packed and streamed, beside `datasets` with TRL's packing: time, memory over time, how full the packs are.
+"""A file of text tokenised, packed and streamed, beside `datasets` with TRL's packing: time, memory over time, how full
+the packs are.
 
     python benchmarks/data.py --mb 1000 --peer PYTHON_WITH_DATASETS_AND_TRL --out FILE.json
     python benchmarks/data.py --small                     # seconds, ours alone
 
-The text is the standard library's own: pieces of its sources, drawn with other beginnings and ends each time they come, until the file is
-long enough. The tokenizer is a byte-level BPE trained on it. Each side is a process of its own (with `--workers` more to tokenise) that says when a
-phase ends; what it and its children hold is read from /proc meanwhile. Both stream the same steps: [packs, seq_len] int64 tensors of ids, labels,
-positions and loss masks.
+The text is the standard library's own: pieces of its sources, drawn with other beginnings and ends each time they come,
+until the file is long enough. The tokenizer is a byte-level BPE trained on it. Each side is a process of its own (with
+`--workers` more to tokenise) that says when a phase ends; what it and its children hold is read from /proc meanwhile.
+Both stream the same steps: [packs, seq_len] int64 tensors of ids, labels, positions and loss masks.
 """
 import argparse
 import json
@@ -25,15 +26,18 @@ HERE = Path(__file__).resolve()
 
 
 def write_text(path: Path, mb: float, seed: int = 0) -> int:
-    """JSONL of {"text"}: whole functions and classes, or stretches of lines, of the standard library. Returns the number of lines."""
-    sources = [f.read_text(errors="ignore").splitlines(keepends=True) for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+    """JSONL of {"text"}: whole functions and classes, or stretches of lines, of the standard library. Returns the
+    number of lines."""
+    sources = [f.read_text(errors="ignore").splitlines(keepends=True)
+               for f in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
     rng, size, count = random.Random(seed), 0, 0
     with open(path, "w") as out:
         while size < mb * 1e6:
             lines = rng.choice(sources)
             start = rng.randrange(len(lines))
             stop = start + 1 + int(rng.lognormvariate(3.2, 1.1))
-            text = json.dumps({"text": f"# piece {count}, {rng.randrange(10**6)}\n" + "".join(lines[start:stop])}) + "\n"
+            text = json.dumps({"text": f"# piece {count}, {rng.randrange(10**6)}\n"
+                               + "".join(lines[start:stop])}) + "\n"
             size, count = size + len(text), count + 1
             out.write(text)
     return count
@@ -49,7 +53,8 @@ def train_tokenizer(path: Path, folder: Path, vocab: int = 8192) -> None:
     with open(path) as lines:
         texts = [json.loads(line)["text"] for line, _ in zip(lines, range(5000), strict=False)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<eos>"],
+                                                        initial_alphabet=alphabet, show_progress=False))
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>").save_pretrained(folder)
 
 
@@ -66,7 +71,8 @@ def ours(args: argparse.Namespace) -> None:
 
     encoder = Encoder(AutoTokenizer.from_pretrained(args.work / "tokenizer"))
     told("import")
-    data = tokenized(str(args.work / "data.jsonl"), encoder, folder=args.work / "ours", workers=args.workers).at(args.seq_len)
+    data = tokenized(str(args.work / "data.jsonl"), encoder, folder=args.work / "ours",
+                     workers=args.workers).at(args.seq_len)
     told("tokenise", tokens=data.stats.tokens)
     data = tokenized(str(args.work / "data.jsonl"), encoder, folder=args.work / "ours").at(args.seq_len)
     told("open again", tokens=data.stats.tokens)
@@ -88,11 +94,13 @@ def peer(args: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizer")
     told("import", versions={"datasets": datasets.__version__, "trl": trl.__version__})
-    found: Any = datasets.load_dataset("json", data_files=str(args.work / "data.jsonl"), split="train", cache_dir=str(args.work / "peer"))
+    found: Any = datasets.load_dataset("json", data_files=str(args.work / "data.jsonl"), split="train",
+                                       cache_dir=str(args.work / "peer"))
     eos = tokenizer.eos_token_id
-    found = found.map(lambda rows: {"input_ids": [[*ids, eos] for ids in tokenizer(rows["text"])["input_ids"]]}, batched=True,
-                      num_proc=args.workers if args.workers > 1 else None, remove_columns=["text"])
-    told("tokenise", tokens=sum(len(x) for batch in found.with_format("arrow").iter(10_000) for x in batch["input_ids"]))
+    found = found.map(lambda rows: {"input_ids": [[*ids, eos] for ids in tokenizer(rows["text"])["input_ids"]]},
+                      batched=True, num_proc=args.workers if args.workers > 1 else None, remove_columns=["text"])
+    told("tokenise",
+         tokens=sum(len(x) for batch in found.with_format("arrow").iter(10_000) for x in batch["input_ids"]))
     packed = trl.pack_dataset(found.shuffle(seed=0), args.seq_len, strategy="bfd_split")
     told("pack")
     packed, tokens, steps = packed.with_format("numpy"), 0, 0
@@ -116,11 +124,13 @@ def peer(args: argparse.Namespace) -> None:
 # -- watching them
 
 def held(pid: int) -> tuple[float, float]:
-    """(MB, of those not a file's) that a process and its descendants hold: proportional set sizes, in which shared pages count once."""
+    """(MB, of those not a file's) that a process and its descendants hold: proportional set sizes, in which shared
+    pages count once."""
     parents: dict[int, list[int]] = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            parents.setdefault(int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]), []).append(int(entry))
+            parents.setdefault(int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1]),
+                               []).append(int(entry))
         except (OSError, IndexError):
             continue
     todo, total, anonymous = [pid], 0.0, 0.0
@@ -138,8 +148,8 @@ def held(pid: int) -> tuple[float, float]:
 
 def watch(role: str, python: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run a side; for each phase its seconds, its figures, and samples of memory: [seconds, MB, not a file's MB]."""
-    command = [python, str(HERE), "--role", role, "--work", str(args.work), "--workers", str(args.workers), "--seq-len", str(args.seq_len),
-               "--packs", str(args.packs)]
+    command = [python, str(HERE), "--role", role, "--work", str(args.work), "--workers", str(args.workers), "--seq-len",
+               str(args.seq_len), "--packs", str(args.packs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent.parent,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent.parent)})
     samples: list[list[float]] = []
@@ -161,8 +171,9 @@ def watch(role: str, python: str, args: argparse.Namespace) -> list[dict[str, An
         thin = mine[::max(1, len(mine) // 60)]
         quarter = max(1, len(mine) // 4)
         peak = lambda of, column: max((s[column] for s in of), default=0.0)
-        phases.append({**json.loads(line), "seconds": round(now - before, 2), "peak_mb": peak(mine, 1), "peak_anonymous_mb": peak(mine, 2),
-                       "second_quarter_peak_mb": peak(mine[quarter:2 * quarter], 1), "last_quarter_peak_mb": peak(mine[-quarter:], 1),
+        phases.append({**json.loads(line), "seconds": round(now - before, 2), "peak_mb": peak(mine, 1),
+                       "peak_anonymous_mb": peak(mine, 2), "second_quarter_peak_mb": peak(mine[quarter:2 * quarter], 1),
+                       "last_quarter_peak_mb": peak(mine[-quarter:], 1),
                        "memory": thin})
         before = now
     if process.wait():
@@ -192,7 +203,8 @@ def main() -> None:
         args.work = Path(work)
         documents = write_text(args.work / "data.jsonl", args.mb)
         train_tokenizer(args.work / "data.jsonl", args.work / "tokenizer")
-        report: dict[str, Any] = {"mb": args.mb, "documents": documents, "workers": args.workers, "seq_len": args.seq_len, "packs": args.packs,
+        report: dict[str, Any] = {"mb": args.mb, "documents": documents, "workers": args.workers,
+                                  "seq_len": args.seq_len, "packs": args.packs,
                                   "ours": watch("ours", sys.executable, args)}
         if args.peer:
             report["peer"] = watch("peer", args.peer, args)

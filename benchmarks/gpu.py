@@ -1,7 +1,8 @@
-"""One accelerator, one command: `python benchmarks/gpu.py`. Parity with transformers, then 20 training steps at Qwen3-0.6B's shape beside it.
+"""One accelerator, one command: `python benchmarks/gpu.py`. Parity with transformers, then 20 training steps at
+Qwen3-0.6B's shape beside it.
 
-Random weights and tokens, bf16 products over fp32 weights, documents packed. `--rehearse` runs all of it at toy size on any machine,
-save what torch.compile takes long to make.
+Random weights and tokens, bf16 products over fp32 weights, documents packed. `--rehearse` runs all of it at toy size on
+any machine, save what torch.compile takes long to make.
 """
 import argparse
 import datetime
@@ -49,7 +50,8 @@ def our_logits_and_grads(case: Case, shape: Shape, batch: Batch) -> dict[str, to
     return {"logits": logits.flatten(0, 1)} | {qwen3.names(cfg)[path]: g for path, g in tree.flatten_with_path(grads)}
 
 
-def their_logits_and_grads(case: Case, shape: Shape, batch: Batch, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def their_logits_and_grads(case: Case, shape: Shape, batch: Batch,
+                           dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     model = hf_model(case, shape).to(dtype)
     (inputs, labels), = hf_inputs(case, batch)
     with torch.autocast(device.device().type, torch.bfloat16, enabled=case.dtype == "masters"):
@@ -69,14 +71,16 @@ def distances(got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) 
 def parity(shape: Shape, seq_len: int) -> list[dict]:
     """Ours and theirs, each against transformers in float64. Ours passes if it is at most twice as far as theirs."""
     batch = on_device(ragged(shape, 1, seq_len, seed=0))
-    reference = their_logits_and_grads(Case("transformers", "fp32", "rows", "documents", "full"), shape, batch, torch.float64)
+    reference = their_logits_and_grads(Case("transformers", "fp32", "rows", "documents", "full"), shape, batch,
+                                       torch.float64)
     rows = []
     for dtype in ("fp32", "masters"):
         ours = distances(our_logits_and_grads(Case(dtype=dtype), shape, batch), reference)
-        theirs = distances(their_logits_and_grads(Case("transformers", dtype, "rows", "sdpa", "full"), shape, batch), reference)
+        theirs = distances(their_logits_and_grads(Case("transformers", dtype, "rows", "sdpa", "full"), shape, batch),
+                           reference)
         for what in ours:
-            rows.append({"products": dtype.replace("masters", "bf16"), "what": what, "ours": ours[what], "theirs": theirs[what],
-                         "ok": ours[what] <= 2 * theirs[what]})
+            rows.append({"products": dtype.replace("masters", "bf16"), "what": what, "ours": ours[what],
+                         "theirs": theirs[what], "ok": ours[what] <= 2 * theirs[what]})
         free()
     return rows
 
@@ -87,13 +91,14 @@ def cases(rehearse: bool) -> list[Case]:
     packed = "varlen" if loops.varlen_attn is not None and device.device().type == "cuda" else "documents"
     hf = lambda *how: Case("transformers", "masters", *how)
     made = [Case(dtype="masters"), Case(dtype="masters", compile="layers"),
-            hf("packs", "sdpa", "full"), hf("packs", packed, "full"), hf("packs", packed, "full", "layers"), hf("flat", packed, "chunked", "layers"),
-            hf("packs", packed, "chunked")]
+            hf("packs", "sdpa", "full"), hf("packs", packed, "full"), hf("packs", packed, "full", "layers"),
+            hf("flat", packed, "chunked", "layers"), hf("packs", packed, "chunked")]
     return [c for c in made if not (rehearse and c.compile != "none")]
 
 
 def train(case: Case, shape: Shape, packs: int, seq_len: int) -> dict:
-    """`STEPS` steps, timed one by one (each waits for its loss), after `WARMUP` more on the first batch without counting them."""
+    """`STEPS` steps, timed one by one (each waits for its loss), after `WARMUP` more on the first batch without
+    counting them."""
     on_gpu = device.device().type != "cpu"
     before = torch.accelerator.memory_allocated() if on_gpu else 0
     step = make(case, shape)
@@ -110,7 +115,8 @@ def train(case: Case, shape: Shape, packs: int, seq_len: int) -> dict:
         seconds.append(time.perf_counter() - start)
     rate = statistics.median(seconds[WARMUP:])
     return {"seconds": seconds[WARMUP:], "losses": losses, "tokens_per_s": packs * seq_len / rate,
-            "mfu": statistics.median(flops(shape, b) / s for b, s in zip(batches, seconds[WARMUP:], strict=True)) / device.peak_flops(torch.bfloat16),
+            "mfu": statistics.median(flops(shape, b) / s for b, s in zip(batches, seconds[WARMUP:], strict=True))
+            / device.peak_flops(torch.bfloat16),
             "memory": torch.accelerator.max_memory_allocated() - before - 16 * num_params(shape) if on_gpu else None}
 
 
@@ -139,14 +145,18 @@ def main(argv: list[str] | None = None) -> int:
     slug = re.sub(r"\W+", "-", device.name()).strip("-").lower()
     out = args.out or Path(__file__).parent / "results" / f"gpu-{slug}-{datetime.date.today()}.json"
     console = Console(width=None if sys.stdout.isatty() else 160)
-    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__, "transformers": transformers.__version__,
-                              "shape": shape._asdict(), "packs": packs, "seq_len": seq_len, "flops": FLOPS, "memory": MEMORY}
-    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}", highlight=False)
+    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__,
+                              "transformers": transformers.__version__, "shape": shape._asdict(), "packs": packs,
+                              "seq_len": seq_len, "flops": FLOPS, "memory": MEMORY}
+    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}",
+                  highlight=False)
 
     report["parity"] = parity(shape, 32 if args.rehearse else 512)
-    table = Table("products", "of", "ours", "transformers", "", title="distance from transformers in float64, relative 2-norm (worst gradient)")
+    table = Table("products", "of", "ours", "transformers", "",
+                  title="distance from transformers in float64, relative 2-norm (worst gradient)")
     for r in report["parity"]:
-        table.add_row(r["products"], r["what"], f"{r['ours']:.1e}", f"{r['theirs']:.1e}", "ok" if r["ok"] else "OURS IS MORE THAN TWICE AS FAR")
+        table.add_row(r["products"], r["what"], f"{r['ours']:.1e}", f"{r['theirs']:.1e}",
+                      "ok" if r["ok"] else "OURS IS MORE THAN TWICE AS FAR")
     console.print(table)
 
     report["training"] = []
@@ -156,9 +166,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             row = train(case, shape, packs, seq_len)
             memory = "" if row["memory"] is None else f"{row['memory'] / 1e9:.2f}"
-            table.add_row(case.name, f"{1e3 * statistics.median(row['seconds']):.1f}", f"{row['tokens_per_s']:,.0f}", f"{row['mfu']:.1%}", memory,
-                          f"{row['losses'][0]:.4f}", f"{row['losses'][-1]:.4f}")
-        except Exception as e:                                     # out of memory, or a kernel that this device lacks: that case alone
+            table.add_row(case.name, f"{1e3 * statistics.median(row['seconds']):.1f}", f"{row['tokens_per_s']:,.0f}",
+                          f"{row['mfu']:.1%}", memory, f"{row['losses'][0]:.4f}", f"{row['losses'][-1]:.4f}")
+        except Exception as e:  # out of memory, or a kernel that this device lacks: that case alone
             traceback.print_exc()
             row = {"failed": f"{type(e).__name__}: {e}"}
             table.add_row(case.name, "failed: " + type(e).__name__)
@@ -168,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(f"FLOPs: {FLOPS}\nmemory: {MEMORY}\n{out}", highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1))
-    return int(not all(r["ok"] for r in report["parity"]) or any("failed" in r for r in report["training"] if r["who"] == "xtf"))
+    return int(not all(r["ok"] for r in report["parity"])
+               or any("failed" in r for r in report["training"] if r["who"] == "xtf"))
 
 
 if __name__ == "__main__":

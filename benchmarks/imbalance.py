@@ -1,9 +1,11 @@
-"""Experts on two ranks, from an even routing to every token on one rank: time and memory beside the bound of docs/experts.md.
+"""Experts on two ranks, from an even routing to every token on one rank: time and memory beside the bound of
+docs/experts.md.
 
     python benchmarks/imbalance.py [--tokens 1024] [--rounds 7]
 
-One layer of a Qwen3-MoE (hidden 512, 16 experts of 512, top-4), forward and backward, fp32, one thread a rank, routes replayed; rounds are
-interleaved, medians of the slower rank. Memory is what forward keeps for backward on the fuller rank.
+One layer of a Qwen3-MoE (hidden 512, 16 experts of 512, top-4), forward and backward, fp32, one thread a rank, routes
+replayed; rounds are interleaved, medians of the slower rank. Memory is what forward keeps for backward on the fuller
+rank.
 """
 import argparse
 import statistics
@@ -21,11 +23,13 @@ from xtf.testing import pool
 
 E, K = 16, 4
 CONFIG = model.config({"vocab_size": 64, "hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
-                       "num_key_value_heads": 4, "head_dim": 16, "num_experts": E, "num_experts_per_tok": K, "moe_intermediate_size": 512})
+                       "num_key_value_heads": 4, "head_dim": 16, "num_experts": E, "num_experts_per_tok": K,
+                       "moe_intermediate_size": 512})
 
 
 def routes(lopsided: float, tokens: int) -> torch.Tensor:
-    """[1, T, K]: the part `lopsided` of the tokens go to the first rank's experts alone, the rest to two of either rank's."""
+    """[1, T, K]: the part `lopsided` of the tokens go to the first rank's experts alone, the rest to two of either
+    rank's."""
     t = torch.arange(tokens)
     even = torch.stack([t % 8, (t + 1) % 8, 8 + t % 8, 8 + (t + 1) % 8], -1)
     one = torch.stack([(t + k) % 8 for k in range(K)], -1)
@@ -47,10 +51,12 @@ def measure(tokens: int, rounds: int) -> dict[float, tuple[float, int, float]]:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            return model.loss_and_routing(params, batch, CONFIG, ops, [routes(part, tokens)])[0] / batch.loss_mask.numel()
+            return model.loss_and_routing(params, batch, CONFIG, ops,
+                                          [routes(part, tokens)])[0] / batch.loss_mask.numel()
 
-    runs = {part: xtf.shard(lambda p, b, ops, part=part: xtf.value_and_grad(lambda p, b, ops: share(p, b, ops, part))(p, b, ops)[0], ep("ep"), mesh=m,
-                            specs=model.specs(CONFIG)) for part in (0.0, 0.5, 1.0)}
+    runs = {part:
+            xtf.shard(lambda p, b, ops, part=part: xtf.value_and_grad(lambda p, b, ops: share(p, b, ops, part))(p, b, ops)[0], ep("ep"), mesh=m,
+                      specs=model.specs(CONFIG)) for part in (0.0, 0.5, 1.0)}
     params, mine = xtf.init(runs[0.0].specs, 0, runs[0.0].layout), cut(batch, m)
     times, out = {part: [] for part in runs}, {}
     for _ in range(rounds + 1):
@@ -75,8 +81,9 @@ def main(argv: list[str] | None = None) -> dict[float, tuple[float, float]]:
     for part in ranks[0]:
         slowest, fullest = (max(rank[part][i] for rank in ranks) for i in range(2))
         result[part] = slowest / even[0], fullest / even[1]
-        print(f"{part:.0%} of the tokens on one rank: the fuller rank computes {1 + part:.1f} times the rows; {slowest * 1e3:.0f} ms "
-              f"({result[part][0]:.2f} of even), {fullest / 1e6:.0f} MB kept ({result[part][1]:.2f}), loss {ranks[0][part][2]:.6f}")
+        print(f"{part:.0%} of the tokens on one rank: the fuller rank computes {1 + part:.1f} times the rows; "
+              f"{slowest * 1e3:.0f} ms ({result[part][0]:.2f} of even), {fullest / 1e6:.0f} MB kept "
+              f"({result[part][1]:.2f}), loss {ranks[0][part][2]:.6f}")
     return result
 
 

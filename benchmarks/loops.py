@@ -1,6 +1,7 @@
 """What is compared: a training step of ours, as the recipes write it, and of transformers, as its users write it.
 
-Both start from one set of weights and read the same packed tokens. A step is a function of a batch that returns the loss, a number.
+Both start from one set of weights and read the same packed tokens. A step is a function of a batch that returns the
+loss, a number.
 """
 import inspect
 from collections.abc import Callable
@@ -43,8 +44,9 @@ class Shape(NamedTuple):
 
     def config(self) -> dict:
         """As config.json has it."""
-        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
+        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+                "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
 
 
 class Mixture(NamedTuple):
@@ -62,8 +64,9 @@ class Mixture(NamedTuple):
 
     def config(self) -> dict:
         """As config.json has it."""
-        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "moe_intermediate_size": self.width, "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True,
+        return {"vocab_size": self.vocab, "hidden_size": self.hidden, "moe_intermediate_size": self.width,
+                "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True,
                 "num_experts": self.experts, "num_experts_per_tok": self.top_k, "norm_topk_prob": True}
 
 
@@ -73,13 +76,15 @@ TINY_MIXTURE = Mixture(hidden=32, width=16, experts=8, top_k=2, layers=2, heads=
 
 
 class Case(NamedTuple):
-    """One way to train. `dtype`: fp32, masters (fp32 weights, bf16 products) or bf16 (weights too; our moments stay fp32).
+    """One way to train. `dtype`: fp32, masters (fp32 weights, bf16 products) or bf16 (weights too; our moments stay
+    fp32).
 
-    For transformers alone. `layout`: flat (all packs end to end in one row), rows (a row for each pack), packs (a row at a time, gradients
-    accumulated). `attention`: sdpa (block-diagonal mask made from position_ids), documents (a causal call of sdpa for each, no mask), varlen
-    (flash attention over varying lengths, CUDA). `loss`: full (all logits at once), chunked (chunks, checkpointed). `compile`: none, layers, model.
-    `experts`: its experts_implementation. For ours alone, `routes`: even (the experts in turns), few (all tokens to the same top_k experts), one (all
-    to one expert, top_k times), or what the router chooses.
+    For transformers alone. `layout`: flat (all packs end to end in one row), rows (a row for each pack), packs (a row
+    at a time, gradients accumulated). `attention`: sdpa (block-diagonal mask made from position_ids), documents (a
+    causal call of sdpa for each, no mask), varlen (flash attention over varying lengths, CUDA). `loss`: full (all
+    logits at once), chunked (chunks, checkpointed). `compile`: none, layers, model.
+    `experts`: its experts_implementation. For ours alone, `routes`: even (the experts in turns), few (all tokens to the
+    same top_k experts), one (all to one expert, top_k times), or what the router chooses.
     """
     who: str = "xtf"
     dtype: str = "fp32"
@@ -96,7 +101,8 @@ class Case(NamedTuple):
         how = [f"compile {self.compile}"] * (self.compile != "none") + ["our allocator setting"] * self.keep_pages
         if self.who == "xtf":
             return ", ".join(["xtf", *[f"routes {self.routes}"] * bool(self.routes), *how])
-        return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss", *[f"{self.experts} experts"] * bool(self.experts), *how])
+        return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss",
+                          *[f"{self.experts} experts"] * bool(self.experts), *how])
 
     @property
     def weights(self) -> torch.dtype:
@@ -104,7 +110,8 @@ class Case(NamedTuple):
 
 
 def ragged(shape: Sizes, packs: int, seq_len: int, seed: int, whole: bool = False, trained: float = 1.0) -> Batch:
-    """Full packs of random tokens in documents of ragged lengths (log-normal, a third of the pack in the median), or one a pack if `whole`.
+    """Full packs of random tokens in documents of ragged lengths (log-normal, a third of the pack in the median), or
+    one a pack if `whole`.
 
     The loss is on the last `trained` part of each document, as it is on the answers of chats.
     """
@@ -115,7 +122,8 @@ def ragged(shape: Sizes, packs: int, seq_len: int, seed: int, whole: bool = Fals
         while sum(lengths) < seq_len:
             drawn = int((torch.randn((), generator=g) * 0.7).exp() * seq_len / 3)
             lengths.append(min(max(drawn, 8), seq_len - sum(lengths)))
-        rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), torch.arange(n) >= n - trained * n) for n in lengths])
+        rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), torch.arange(n) >= n - trained * n)
+                     for n in lengths])
     return stack([pack(row, seq_len, max_documents=seq_len // 8 + 1) for row in rows])
 
 
@@ -139,7 +147,8 @@ def specs(shape: Sizes, dtype: torch.dtype = torch.float32) -> tree.Tree:
 
 
 def weights(shape: Sizes, case: Case) -> tree.Tree:
-    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(), xtf.init(specs(shape, case.weights)))
+    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(),
+                         xtf.init(specs(shape, case.weights)))
 
 
 def make(case: Case, shape: Sizes) -> Step:
@@ -167,7 +176,7 @@ def ours(case: Case, shape: Sizes) -> Step:
     step = xtf.shard(train_step, *transforms, specs=specs(shape, case.weights))
     params = weights(shape, case)
     state = xtf.TrainState.create(params, tx.init(params))
-    del params                                                    # the state's alone, so that donation frees what it replaces
+    del params  # the state's alone, so that donation frees what it replaces
 
     def run(batch: Batch) -> float:
         nonlocal state
@@ -200,7 +209,8 @@ def theirs(case: Case, shape: Sizes) -> Step:
                 if case.loss == "full":
                     loss = forward(**inputs, labels=labels, num_items_in_batch=num_tokens).loss
                 else:
-                    loss = chunked_loss(model.model(**inputs).last_hidden_state, model.lm_head.weight, labels) / num_tokens
+                    loss = chunked_loss(model.model(**inputs).last_hidden_state, model.lm_head.weight,
+                                        labels) / num_tokens
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -215,13 +225,14 @@ def hf_model(case: Case, shape: Sizes) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     if case.attention != "sdpa":
         register(case.attention)
-    names, how = shape.family.names(shape.family.config(shape.config())), {"experts_implementation": case.experts} if case.experts else {}
+    names, how = shape.family.names(shape.family.config(shape.config())), {"experts_implementation":
+                                                                           case.experts} if case.experts else {}
     config = AutoConfig.for_model(shape.family.__name__.rpartition(".")[2], **shape.config())
     with torch.device(device.device()):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=case.attention, dtype=case.weights, **how)
     state: dict[str, torch.Tensor] = {}
     for path, p in tree.flatten_with_path(weights(shape, case)):
-        name = names[path].replace("{e}.down_proj.weight", "down_proj")              # stacked in memory, gates above ups
+        name = names[path].replace("{e}.down_proj.weight", "down_proj")  # stacked in memory, gates above ups
         if "{e}" in name:
             name = name.rpartition(".{e}.")[0] + ".gate_up_proj"
         state[name] = torch.cat([state[name], p.detach()], 1) if name in state else p.detach()
@@ -231,7 +242,8 @@ def hf_model(case: Case, shape: Sizes) -> Any:
 
 
 def hf_inputs(case: Case, batch: Batch) -> list[tuple[dict, torch.Tensor]]:
-    """(arguments, labels) of each forward. transformers shifts labels itself: the token after one with weight is a label."""
+    """(arguments, labels) of each forward. transformers shifts labels itself: the token after one with weight is a
+    label."""
     labels = batch.input_ids.masked_fill(F.pad(batch.loss_mask[:, :-1], (1, 0)) == 0, -100)
     parts = [(batch.input_ids, batch.positions, labels, batch)]
     if case.layout == "flat":
@@ -247,7 +259,8 @@ def hf_inputs(case: Case, batch: Batch) -> list[tuple[dict, torch.Tensor]]:
         if case.attention == "varlen":                            # as many as there may be, so that shapes stay
             starts = torch.arange(0, ids.numel(), b.input_ids.shape[1], device=ids.device, dtype=torch.int32)[:, None]
             ends = F.pad((b.segments[:, :-1] + starts).flatten(), (0, 1), value=ids.numel())
-            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": b.input_ids.shape[1], "max_length_k": b.input_ids.shape[1]}
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": b.input_ids.shape[1],
+                       "max_length_k": b.input_ids.shape[1]}
         out.append((inputs, answers))
     return out
 
@@ -257,7 +270,8 @@ def chunked_loss(x_PTD: torch.Tensor, weight_VD: torch.Tensor, labels_PT: torch.
     def nll(x, y):
         return F.cross_entropy(F.linear(x, weight_VD).float(), y, ignore_index=-100, reduction="sum")
     x_TD, labels_T = x_PTD.flatten(0, 1), F.pad(labels_PT[:, 1:], (0, 1), value=-100).flatten()
-    parts: list[Any] = [checkpoint(nll, x, y, use_reentrant=False) for x, y in zip(x_TD.split(LOSS_CHUNK), labels_T.split(LOSS_CHUNK), strict=True)]
+    parts: list[Any] = [checkpoint(nll, x, y, use_reentrant=False)
+                        for x, y in zip(x_TD.split(LOSS_CHUNK), labels_T.split(LOSS_CHUNK), strict=True)]
     return torch.stack(parts).sum()
 
 
@@ -268,10 +282,11 @@ def register(name: str) -> None:
     AttentionInterface.register(name, {"documents": _documents, "varlen": _varlen}[name])
 
 
-@torch.compiler.disable                                           # lengths change with every batch: compiled, each would be compiled anew
+@torch.compiler.disable  # lengths change with every batch: compiled, each would be compiled anew
 def _documents(module, q, k, v, mask, scaling=None, documents=(), **_):
     parts = zip(*(x.split(documents, 2) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True) for qkv in parts], 2).transpose(1, 2), None
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True)
+                      for qkv in parts], 2).transpose(1, 2), None
 
 
 def _varlen(module, q, k, v, mask, *, cu_seq_lens_q, max_length_q, scaling=None, **_):

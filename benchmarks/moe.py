@@ -1,7 +1,9 @@
-"""A training step of Qwen3-MoE beside transformers' on this processor: `python benchmarks/moe.py`, or `--quick` for minutes.
+"""A training step of Qwen3-MoE beside transformers' on this processor: `python benchmarks/moe.py`, or `--quick` for
+minutes.
 
-How cases run and what is compared: cpu.py and loops.py. Beside it, each in the same run: the layer of experts as a fraction of its own
-products timed alone, AdamW beside torch's, and our step under the routings between even and all tokens to one expert.
+How cases run and what is compared: cpu.py and loops.py. Beside it, each in the same run: the layer of experts as a
+fraction of its own products timed alone, AdamW beside torch's, and our step under the routings between even and all
+tokens to one expert.
 """
 import argparse
 import datetime
@@ -26,15 +28,17 @@ from xtf import device, moe, tree
 from xtf.kernels import experts
 from xtf.optim import adamw
 
-LAYER = ("products: the nine of gate, up and down (forward, and for each gradient), expert by expert, into buffers that are there, nothing else; "
-         "layer: router, statistics, dispatch, experts and the sum, forward and backward with fresh gradients")
+LAYER = ("products: the nine of gate, up and down (forward, and for each gradient), expert by expert, into buffers "
+         "that are there, nothing else; layer: router, statistics, dispatch, experts and the sum, forward and "
+         "backward with fresh gradients")
 BATCHED = "batched_mm copies the experts' weights for each (token, expert) pair, {:.1f} GB a layer here, so it is compared at 64 tokens"
 
 cpu.SERVER.set_forkserver_preload(["loops", "transformers.models.qwen3_moe.modeling_qwen3_moe"])
 
 
 def groups(args: argparse.Namespace) -> list[cpu.Group]:
-    hf = lambda experts, layout="rows", attention="sdpa", **more: Case("transformers", "fp32", layout, attention, "full", experts=experts, **more)
+    hf = lambda experts, layout="rows", attention="sdpa", **more: Case("transformers", "fp32", layout, attention,
+                                                                       "full", experts=experts, **more)
     shape, _, seq_len = tokens = (TINY_MIXTURE, 2, 32) if args.toy else (Mixture(), args.packs, args.seq_len)
     routed = cpu.Group("imbalance", [Case(routes=how) for how in ("even", "few", "one")], *tokens)
     if args.quick:
@@ -43,9 +47,11 @@ def groups(args: argparse.Namespace) -> list[cpu.Group]:
         plain = [hf(experts, compile=compile) for experts in ("grouped_mm", "eager") for compile in ("none", "layers")]
         flat = hf("grouped_mm", "flat", "documents")
         ours = [Case(), Case(compile="layers")]
-        more = [hf("grouped_mm", compile="model"), flat, flat._replace(compile="layers"), flat._replace(keep_pages=True)]
+        more = [hf("grouped_mm", compile="model"), flat, flat._replace(compile="layers"),
+                flat._replace(keep_pages=True)]
         made = [cpu.Group("fp32", [*plain, *more, *ours], *tokens),
-                cpu.Group("fp32, one document a pack", [*plain[:2], plain[0]._replace(keep_pages=True), *ours], *tokens, whole=True),
+                cpu.Group("fp32, one document a pack", [*plain[:2], plain[0]._replace(keep_pages=True), *ours], *tokens,
+                          whole=True),
                 cpu.Group("fp32, 64 tokens", [hf("batched_mm"), hf("grouped_mm"), Case()], shape, 1, min(64, seq_len)),
                 routed]
     return [g for g in made if args.only in ("", g.title)]
@@ -53,7 +59,7 @@ def groups(args: argparse.Namespace) -> list[cpu.Group]:
 
 # ---------------------------------------------------------------- parts, in this process
 
-Times = dict[str, list[tuple[float, float]]]                         # for each round (seconds, seconds of processor time)
+Times = dict[str, list[tuple[float, float]]]  # for each round (seconds, seconds of processor time)
 
 
 def interleaved(parts: dict[str, Callable[[], Any]], rounds: int) -> Times:
@@ -71,7 +77,7 @@ def timed(fn: Callable[[], Any]) -> tuple[float, float]:
     wall, cpu_time = time.perf_counter(), time.process_time()
     kept = fn()
     spent = time.perf_counter() - wall, time.process_time() - cpu_time
-    del kept                                                         # gradients are freed between parts, as between steps
+    del kept  # gradients are freed between parts, as between steps
     return spent
 
 
@@ -81,7 +87,8 @@ def layer(shape: Mixture, tokens: int, rounds: int, compile: bool) -> dict:
     p = {name: p[name] for name in ("router", "experts")}
     leaves = [x.detach().requires_grad_() for x in tree.leaves(p)]
     p = tree.unflatten(leaves, p)
-    router, documents = moe.Router(shape.experts, shape.top_k, normalise=True), torch.zeros(1, tokens, dtype=torch.int64)
+    router, documents = moe.Router(shape.experts, shape.top_k, normalise=True), torch.zeros(1, tokens,
+                                                                                            dtype=torch.int64)
     x_PtD, onto, g = (torch.randn(1, tokens, shape.hidden) for _ in range(3))
     x_PtD.requires_grad_()
 
@@ -97,13 +104,15 @@ def layer(shape: Mixture, tokens: int, rounds: int, compile: bool) -> dict:
     products = partial(alone, sizes, [x.detach() for x in leaves[-3:]], {shape.hidden: wide, shape.width: narrow})
     a, b, out = torch.randn(3, 1024, 1024)
     run = lambda block: torch.autograd.grad(block(p, x_PtD)[0], [*leaves, x_PtD], g)
-    parts = {"peak": lambda: [torch.mm(a, b, out=out) for _ in range(4)], "products": products, "layer": lambda: run(block)}
+    parts = {"peak": lambda: [torch.mm(a, b, out=out) for _ in range(4)], "products": products,
+             "layer": lambda: run(block)}
     if compile:
         compiled = torch.compile(block, fullgraph=True, dynamic=False)
         parts["layer, compiled"] = lambda: run(compiled)
     times = interleaved(parts, rounds)
     flops = 3 * 2 * tokens * shape.top_k * 3 * shape.hidden * shape.width
-    ratios = lambda name: [statistics.median(p[clock] / t[clock] for p, t in zip(times["products"], times[name], strict=True)) for clock in (0, 1)]
+    ratios = lambda name: [statistics.median(p[clock] / t[clock] for p, t in zip(times["products"], times[name],
+                                                                                 strict=True)) for clock in (0, 1)]
     rate = statistics.median(4 * 2 * 1024 ** 3 / t for _, t in times["peak"])
     of_peak = statistics.median(flops / t / rate for _, t in times["products"])
     return {"tokens": tokens, "times": times, "peak_flops_per_s": rate, "products_of_peak": of_peak, "what": LAYER,
@@ -114,8 +123,10 @@ def alone(sizes: list[int], weights: list[torch.Tensor], rows: dict[int, torch.T
     """All products of the experts: y = x wᵀ, dx = g w and dw = gᵀ x of each weight."""
     for weight in weights:
         x, g = rows[weight.shape[2]], rows[weight.shape[1]]
-        y, dx, dw = (KEPT.setdefault((name, like.shape), torch.empty_like(like)) for name, like in (("y", g), ("dx", x), ("dw", weight)))
-        for x_nD, g_nF, y_nF, dx_nD, w_FD, dw_FD in zip(*(t.split(sizes) for t in (x, g, y, dx)), weight, dw, strict=True):
+        y, dx, dw = (KEPT.setdefault((name, like.shape), torch.empty_like(like))
+                     for name, like in (("y", g), ("dx", x), ("dw", weight)))
+        for x_nD, g_nF, y_nF, dx_nD, w_FD, dw_FD in zip(*(t.split(sizes) for t in (x, g, y, dx)), weight, dw,
+                                                        strict=True):
             torch.mm(x_nD, w_FD.T, out=y_nF)
             torch.mm(g_nF, w_FD, out=dx_nD)
             torch.mm(g_nF.T, x_nD, out=dw_FD)
@@ -131,7 +142,7 @@ def optimizers(shape: Mixture, rounds: int) -> Times:
     tx = adamw(LR, *BETAS, weight_decay=WEIGHT_DECAY)
 
     def train_step(state: Any, _: Any, ops: Any = xtf.LOCAL) -> Any:
-        fresh = tree.tree_map(torch.clone, grads)                                   # gradients may always be overwritten
+        fresh = tree.tree_map(torch.clone, grads)  # gradients may always be overwritten
         wall, cpu_time = time.perf_counter(), time.process_time()
         updates, opt = tx.update(fresh, state.opt, state.params, ops)
         state = state.apply(updates, opt)
@@ -148,7 +159,8 @@ def optimizers(shape: Mixture, rounds: int) -> Times:
         leaves = tree.leaves(params())
         for leaf, grad in zip(leaves, tree.leaves(grads), strict=True):
             leaf.grad = grad
-        theirs[f"torch.optim.AdamW, {kind}"] = torch.optim.AdamW(leaves, LR, BETAS, weight_decay=WEIGHT_DECAY, **{kind: True}).step
+        theirs[f"torch.optim.AdamW, {kind}"] = torch.optim.AdamW(leaves, LR, BETAS, weight_decay=WEIGHT_DECAY,
+                                                                 **{kind: True}).step
 
     def ours() -> None:
         nonlocal state
@@ -191,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--packs", type=int, default=1, help="each is a micro-batch of ours")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--profile", action="store_true", help="where our time goes, by operator")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"moe-{datetime.date.today()}.json")
+    parser.add_argument("--out", type=Path,
+                        default=Path(__file__).parent / "results" / f"moe-{datetime.date.today()}.json")
     args = parser.parse_args(argv)
     if device.device().type != "cpu":
         parser.error("this machine has an accelerator; hide it")
@@ -201,11 +214,13 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     shape = TINY_MIXTURE if args.toy else Mixture()
     copied = 4 * args.seq_len * shape.top_k * 3 * shape.hidden * shape.width / 1e9
-    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__, "transformers": transformers.__version__,
-                              "threads": args.threads, "rounds": args.rounds, "params": num_params(shape), "memory": cpu.MEMORY, "flops": FLOPS,
+    report: dict[str, Any] = {"capability": device.capability(), "torch": torch.__version__,
+                              "transformers": transformers.__version__, "threads": args.threads, "rounds": args.rounds,
+                              "params": num_params(shape), "memory": cpu.MEMORY, "flops": FLOPS,
                               "peak": cpu.PEAK, "batched_mm": BATCHED.format(copied), "groups": []}
     console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}; {report['params'] / 1e6:.1f}M parameters",
+    console.print(f"{report['capability']}; torch {report['torch']}, transformers {report['transformers']}; "
+                  f"{report['params'] / 1e6:.1f}M parameters",
                   highlight=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     chosen = groups(args)
@@ -217,20 +232,23 @@ def main(argv: list[str] | None = None) -> None:
         if group.title == "imbalance":
             report["imbalance"] = imbalance(report["groups"][-1]["rows"], shape)
             for how, r in report["imbalance"].items():
-                console.print(f"  routes {how} against even: time {r['seconds']:.3f} ({r['cpu_seconds']:.3f} in CPU time), "
-                              f"peak memory {r['peak']:.3f}, {r['beyond']:.3f} beyond parameters, gradients and moments, tensors {r['tensors']:.3f}",
+                console.print(f"  routes {how} against even: time {r['seconds']:.3f} ({r['cpu_seconds']:.3f} in CPU "
+                              f"time), peak memory {r['peak']:.3f}, {r['beyond']:.3f} beyond parameters, gradients "
+                              f"and moments, tensors {r['tensors']:.3f}",
                               highlight=False)
         args.out.write_text(json.dumps(report, indent=1))
     if args.only in ("", "parts"):
         device.keep_pages()
         report["layer"] = found = layer(shape, 64 if args.toy else args.seq_len, args.rounds, not args.quick)
-        console.print(table(f"one layer of experts, {found['tokens']} tokens", found["times"]), f"products {found['products_of_peak']:.2f} of peak",
-                      *(f"{name} {wall:.2f} of its products ({cpu_time:.2f} in CPU time)" for name, (wall, cpu_time) in found["of_products"].items()),
-                      sep="\n", highlight=False)
+        console.print(table(f"one layer of experts, {found['tokens']} tokens", found["times"]),
+                      f"products {found['products_of_peak']:.2f} of peak",
+                      *(f"{name} {wall:.2f} of its products ({cpu_time:.2f} in CPU time)"
+                        for name, (wall, cpu_time) in found["of_products"].items()), sep="\n", highlight=False)
         report["adamw"] = optimizers(shape, args.rounds)
         console.print(table(f"AdamW over {report['params'] / 1e6:.1f}M parameters", report["adamw"]))
         args.out.write_text(json.dumps(report, indent=1))
-    console.print(f"memory: {cpu.MEMORY}\nflops: {FLOPS}\npeak: {cpu.PEAK}\nlayer: {LAYER}\n{report['batched_mm']}\n{args.out}", highlight=False)
+    console.print(f"memory: {cpu.MEMORY}\nflops: {FLOPS}\npeak: {cpu.PEAK}\nlayer: "
+                  f"{LAYER}\n{report['batched_mm']}\n{args.out}", highlight=False)
 
 
 if __name__ == "__main__":

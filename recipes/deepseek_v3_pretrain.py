@@ -1,11 +1,13 @@
 """Pre-train a DeepSeek V3 on text, from one process to many: from nothing, or on from weights that exist.
 
-    python recipes/deepseek_v3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain --save-every 500 --resume auto
-    torchrun --nnodes 32 --nproc_per_node 8 recipes/deepseek_v3_pretrain.py --mesh dp=32,ep=8 --overlap --model DIR --data web/ --out runs/pretrain
+    python recipes/deepseek_v3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain --save-every
+    500 --resume auto torchrun --nnodes 32 --nproc_per_node 8 recipes/deepseek_v3_pretrain.py --mesh dp=32,ep=8
+    --overlap --model DIR --data web/ --out runs/pretrain
 
-`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts (`--from-scratch` draws new
-ones). Long documents are split, so that every token is predicted. A bias steers the choice of experts, and each step moves it; MTP modules,
-where the config has them, learn to predict further tokens. Everything from batch to update stands in `train_step`.
+`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts
+(`--from-scratch` draws new ones). Long documents are split, so that every token is predicted. A bias steers the choice
+of experts, and each step moves it; MTP modules, where the config has them, learn to predict further tokens. Everything
+from batch to update stands in `train_step`.
 """
 from pathlib import Path
 from typing import Literal
@@ -29,7 +31,8 @@ class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon takes the layers' matrices at the same rate; adamw the rest, or all."""
     bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora, leave them."""
+    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora,
+    leave them."""
     mtp_weight: float = 0.3
     """What the loss of predicting further tokens (MTP) is multiplied by."""
     from_scratch: bool = False
@@ -52,16 +55,17 @@ def train(flags: Flags, run: Run) -> None:
     tx = adamw(schedule, weight_decay=flags.weight_decay, mask=lambda path, leaf: leaf.ndim > 1, moments=flags.moments)
     if flags.optimizer == "muon":
         matrices = muon(schedule, weight_decay=flags.weight_decay)
-        tx = partition({"muon": matrices, "adamw": tx}, lambda path, leaf: "muon" if hidden_matrix(path, leaf) else "adamw")
+        tx = partition({"muon": matrices, "adamw": tx}, lambda path, leaf: "muon" if hidden_matrix(path, leaf)
+                       else "adamw")
     tx, watch = chain(clip_by_global_norm(flags.clip), tx), guard()
     coefficient = cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
         num_routed = moe.num_tokens(batch, ops)                                 # all that is not padding
         before = state.extra["counts"] if flags.balance_over == "batch" else None
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             nll, routing = model.loss_and_routing(params, batch, cfg, ops)
             balance = moe.balance(routing, num_routed, ops, flags.balance_over, before)
             loss = nll / num_tokens + coefficient * balance + flags.z_loss * moe.z_loss(routing, num_routed)
@@ -69,13 +73,14 @@ def train(flags: Flags, run: Run) -> None:
         k = len(batch.input_ids) // cli.micro_packs(flags)
         (loss, sums), grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra["guard"], loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        if not flags.lora:                                                      # adapters alone are to be what was trained
+        if not flags.lora:  # adapters alone are to be what was trained
             updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
         extra = {"guard": seen, "counts": sums["counts"]}
-        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
-                                                  **watch.metrics(seen), **moe.metrics(sums)}
+        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm,
+                                                  "lr": schedule(state.step), **watch.metrics(seen),
+                                                  **moe.metrics(sums)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -94,8 +99,9 @@ def train(flags: Flags, run: Run) -> None:
         params = cli.on_device(xtf.init(step.specs, flags.seed, step.layout))
     else:
         params = cli.load(flags, step, model.names(cfg))
-    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)}, flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
+                                  flags.seed)
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

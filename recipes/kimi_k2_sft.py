@@ -1,12 +1,13 @@
 r"""Fine-tune a Kimi K2 on chats, from one process to many.
 
     python recipes/kimi_k2_sft.py --model DIR --data chats.jsonl --out runs/sft --save-every 100 --resume auto
-    torchrun --nnodes 128 --nproc_per_node 8 recipes/kimi_k2_sft.py --mesh dp=32,ep=32 --overlap --trust-remote-code --model DIR \
-        --data chats.jsonl --out runs/sft
+    torchrun --nnodes 128 --nproc_per_node 8 recipes/kimi_k2_sft.py --mesh dp=32,ep=32 --overlap --trust-remote-code
+        --model DIR \ --data chats.jsonl --out runs/sft
 
-Its tokenizer is code in its directory, which runs only with --trust-remote-code. A bias steers the choice of experts, and each step moves it
-by --bias-rate; a balancing loss comes on top where the config has one (aux_loss_alpha). A DeepSeek V3 is the same model with other numbers,
-and trains its MTP modules here too. Everything from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
+Its tokenizer is code in its directory, which runs only with --trust-remote-code. A bias steers the choice of experts,
+and each step moves it by --bias-rate; a balancing loss comes on top where the config has one (aux_loss_alpha). A
+DeepSeek V3 is the same model with other numbers, and trains its MTP modules here too. Everything from batch to update
+stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
 import torch
 
@@ -20,7 +21,8 @@ from xtf.run import Run
 class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
     """Flags of models whose routers are corrected by a bias: those of models with experts, and these."""
     bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora, leave them."""
+    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora,
+    leave them."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,17 +35,18 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: Flags, run: Run) -> None:
     model, cfg = models.from_hf(flags.model, cli.say)
     if model is not models.deepseek_v3:
-        raise ValueError(f"--model {flags.model}: {model.__name__} is neither a Kimi K2 nor a DeepSeek V3; use the recipe of its family")
+        raise ValueError(f"--model {flags.model}: {model.__name__} is neither a Kimi K2 nor a DeepSeek V3; use the "
+                         "recipe of its family")
     schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
     tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
     watch, coefficient = guard(), cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
         num_routed = moe.num_tokens(batch, ops)                                 # all that is not padding
         before = state.extra["counts"] if flags.balance_over == "batch" else None
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             nll, routing = model.loss_and_routing(params, batch, cfg, ops)
             balance = moe.balance(routing, num_routed, ops, flags.balance_over, before)
             loss = nll / num_tokens + coefficient * balance + flags.z_loss * moe.z_loss(routing, num_routed)
@@ -51,13 +54,14 @@ def train(flags: Flags, run: Run) -> None:
         k = len(batch.input_ids) // cli.micro_packs(flags)
         (loss, sums), grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra["guard"], loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        if not flags.lora:                                                      # adapters alone are to be what was trained
+        if not flags.lora:  # adapters alone are to be what was trained
             updates = moe.correct(updates, state.params, sums["counts"], flags.bias_rate, ops, ok)
         extra = {"guard": seen, "counts": sums["counts"]}
-        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
-                                                  **watch.metrics(seen), **moe.metrics(sums)}
+        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm,
+                                                  "lr": schedule(state.step), **watch.metrics(seen),
+                                                  **moe.metrics(sums)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -73,8 +77,9 @@ def train(flags: Flags, run: Run) -> None:
     if flags.show_batch:
         return cli.show(loader.step(0), tokenizer)
     params = cli.load(flags, step, model.names(cfg))
-    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)}, flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
+                                  flags.seed)
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

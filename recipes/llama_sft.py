@@ -30,15 +30,16 @@ def train(flags: cli.Flags, run: Run) -> None:
     watch = guard()
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             return model.loss(params, batch, cfg, ops) / num_tokens
         loss, grads = xtf.microbatch(xtf.value_and_grad(share), len(batch.input_ids))(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra, loss, norm)                         # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra, loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), **watch.metrics(seen)}
+        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step),
+                                                 **watch.metrics(seen)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -55,7 +56,7 @@ def train(flags: cli.Flags, run: Run) -> None:
         return cli.show(loader.step(0), tokenizer)
     params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), watch.init(), flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

@@ -1,7 +1,8 @@
 """Fine-tune a Qwen3 with experts on chats, from one process to many.
 
     python recipes/qwen3_moe_sft.py --model DIR --data chats.jsonl --out runs/sft --save-every 100 --resume auto
-    torchrun --nproc_per_node 8 recipes/qwen3_moe_sft.py --mesh dp=2,ep=4 --overlap --model DIR --data chats.jsonl --out runs/sft
+    torchrun --nproc_per_node 8 recipes/qwen3_moe_sft.py --mesh dp=2,ep=4 --overlap --model DIR --data chats.jsonl --out
+    runs/sft
 
 Everything from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
@@ -26,18 +27,19 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: Flags, run: Run) -> None:
     model, cfg = models.from_hf(flags.model)
     if model is not models.qwen3_moe:
-        raise ValueError(f"--model {flags.model}: {model.__name__} is not a Qwen3 with experts; use the recipe of its family")
+        raise ValueError(f"--model {flags.model}: {model.__name__} is not a Qwen3 with experts; use the recipe of its "
+                         "family")
     schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
     tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
     watch = guard()
     coefficient = cfg.router_aux_loss_coef * cfg.output_router_logits if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
         num_routed = moe.num_tokens(batch, ops)                                 # all that is not padding
         before = state.extra["counts"] if flags.balance_over == "batch" else None
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             nll, routing = model.loss_and_routing(params, batch, cfg, ops)
             balance = moe.balance(routing, num_routed, ops, flags.balance_over, before)
             loss = nll / num_tokens + coefficient * balance + flags.z_loss * moe.z_loss(routing, num_routed)
@@ -45,11 +47,12 @@ def train(flags: Flags, run: Run) -> None:
         k = len(batch.input_ids) // cli.micro_packs(flags)
         (loss, sums), grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra["guard"], loss, norm)                # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra["guard"], loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
         extra = {"guard": seen, "counts": sums["counts"]}
-        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm, "lr": schedule(state.step),
-                                                  **watch.metrics(seen), **moe.metrics(sums)}
+        return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm,
+                                                  "lr": schedule(state.step), **watch.metrics(seen),
+                                                  **moe.metrics(sums)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -65,8 +68,9 @@ def train(flags: Flags, run: Run) -> None:
     if flags.show_batch:
         return cli.show(loader.step(0), tokenizer)
     params = cli.load(flags, step, model.names(cfg))
-    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)}, flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
+                                  flags.seed)
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

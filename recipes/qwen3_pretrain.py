@@ -1,10 +1,12 @@
 """Pre-train a Qwen3 on text, from one process to many: from nothing, or on from weights that exist.
 
-    python recipes/qwen3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain --save-every 500 --resume auto
-    torchrun --nproc_per_node 8 recipes/qwen3_pretrain.py --mesh dp=8 --optimizer muon --model DIR --data web/ --out runs/pretrain
+    python recipes/qwen3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain --save-every 500
+    --resume auto torchrun --nproc_per_node 8 recipes/qwen3_pretrain.py --mesh dp=8 --optimizer muon --model DIR --data
+    web/ --out runs/pretrain
 
-`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts (`--from-scratch` draws new
-ones). Long documents are split, so that every token is predicted. Everything from batch to update stands in `train_step`.
+`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts
+(`--from-scratch` draws new ones). Long documents are split, so that every token is predicted. Everything from batch to
+update stands in `train_step`.
 """
 from pathlib import Path
 from typing import Literal
@@ -45,19 +47,21 @@ def train(flags: Flags, run: Run) -> None:
     tx = adamw(schedule, weight_decay=flags.weight_decay, mask=lambda path, leaf: leaf.ndim > 1, moments=flags.moments)
     if flags.optimizer == "muon":
         matrices = muon(schedule, weight_decay=flags.weight_decay)
-        tx = partition({"muon": matrices, "adamw": tx}, lambda path, leaf: "muon" if hidden_matrix(path, leaf) else "adamw")
+        tx = partition({"muon": matrices, "adamw": tx}, lambda path, leaf: "muon" if hidden_matrix(path, leaf)
+                       else "adamw")
     tx, watch = chain(clip_by_global_norm(flags.clip), tx), guard()
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)              # over the whole global batch, beforehand
+        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
 
-        def share(params, batch, ops):                                          # this rank's, this micro-batch's part of the loss
+        def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             return model.loss(params, batch, cfg, ops) / num_tokens
         loss, grads = xtf.microbatch(xtf.value_and_grad(share), len(batch.input_ids))(state.params, batch, ops)
         norm = ops.norm(grads)
-        ok, seen = watch.check(state.extra, loss, norm)                         # False: the step is skipped, on the device
+        ok, seen = watch.check(state.extra, loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step), **watch.metrics(seen)}
+        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step),
+                                                 **watch.metrics(seen)}
 
     def eval_step(state, batch, ops=xtf.LOCAL):
         with torch.no_grad():
@@ -77,7 +81,7 @@ def train(flags: Flags, run: Run) -> None:
     else:
         params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), watch.init(), flags.seed)
-    state = run.begin(state, loader, model, cfg)                                # the newest checkpoint's, if --resume finds one
+    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
 
     def held_out_loss(state):
         batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)

@@ -15,10 +15,11 @@ V, D, H, d, F_, L = 13, 8, 4, 2, 10, 2
 
 
 def specs(dtype=torch.float64):
-    P = lambda *shape_axes: xtf.Param(tuple(s for s, _ in shape_axes), dtype, tuple(a for _, a in shape_axes), Normal(0.3))
+    P = lambda *shape_axes: xtf.Param(tuple(s for s, _ in shape_axes), dtype, tuple(a for _, a in shape_axes),
+                                      Normal(0.3))
     D_, heads, mlp, vocab = (D, "embed"), (H * d, "heads"), (F_, "mlp"), (V, "vocab")
-    layer = lambda: {"qkv": {n: {"weight": P(heads, D_), "bias": P(heads)} for n in "qkv"}, "o": {"weight": P(D_, heads)},
-                     "up": {"weight": P(mlp, D_)}, "down": {"weight": P(D_, mlp)}}
+    layer = lambda: {"qkv": {n: {"weight": P(heads, D_), "bias": P(heads)} for n in "qkv"},
+                     "o": {"weight": P(D_, heads)}, "up": {"weight": P(mlp, D_)}, "down": {"weight": P(D_, mlp)}}
     return {"embed": {"weight": P(vocab, D_)}, "layers": [layer() for _ in range(L)]}
 
 
@@ -35,7 +36,8 @@ def nll(params, batch, ops):
     embed = lambda p, ids: F.embedding(ids, p["weight"])
     x_PtD = ops.split(ops.use(embed, params["embed"], batch.input_ids))
     x_PtD, _ = ops.scan(partial(block, ops=ops), params["layers"], x_PtD, batch.segments)
-    head = lambda p, x, y: F.cross_entropy(ops.linear(x, p, ("embed", "vocab")).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+    head = lambda p, x, y: F.cross_entropy(ops.linear(x, p, ("embed", "vocab")).flatten(0, 1), y.flatten(),
+                                           reduction="none").view(y.shape)
     return ops.use(head, params["embed"], x_PtD, batch.labels)
 
 
@@ -47,7 +49,7 @@ def step(state, batch, ops=xtf.LOCAL, k=1, mean=False):
 
     def share(params, batch, ops):
         total = (nll(params, batch, ops) * batch.loss_mask).sum()
-        return total / (batch.loss_mask.sum().clamp(min=1) if mean else num_tokens)       # mean=True: the planted mistake
+        return total / (batch.loss_mask.sum().clamp(min=1) if mean else num_tokens)  # mean=True: the planted mistake
     loss, grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
     updates, new = opt.update(grads, state.opt, state.params, ops)
     return state.apply(updates, new), {"loss": loss}

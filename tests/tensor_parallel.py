@@ -1,6 +1,7 @@
 """Tensor parallelism written from outside: heads and MLP widths divided over a mesh axis, in public names alone.
 
-Rows of q, k, v, gate and up, columns of o and down: the axes that a product names say which (Megatron-LM, arXiv 1909.08053).
+Rows of q, k, v, gate and up, columns of o and down: the axes that a product names say which (Megatron-LM, arXiv
+1909.08053).
 """
 from dataclasses import replace
 
@@ -36,7 +37,8 @@ class Leave(torch.autograd.Function):
 
 
 def tensor_parallel(head_dim, axis="tp"):
-    """Experts stay whole. Raises ValueError, when the step runs, if the axis does not divide the heads or the key-value heads."""
+    """Experts stay whole. Raises ValueError, when the step runs, if the axis does not divide the heads or the key-value
+    heads."""
     def wrap(ops, env):
         size = env.size(axis)
         if size == 1:
@@ -47,9 +49,10 @@ def tensor_parallel(head_dim, axis="tp"):
             source, target = axes
             if target in SPLIT:                          # rows are divided: each rank makes its own outputs
                 if target != "mlp" and node["weight"].shape[0] % head_dim:
-                    raise ValueError(f"tensor_parallel: {axis}={size} does not divide the {node['weight'].shape[0] * size // head_dim} {target}")
+                    raise ValueError(f"tensor_parallel: {axis}={size} does not divide the "
+                                     f"{node['weight'].shape[0] * size // head_dim} {target}")
                 return ops.linear(Enter.apply(x, group), node, axes)
-            if source in SPLIT:                          # columns are divided: outputs are sums, to which a bias is added once
+            if source in SPLIT:  # columns are divided: outputs are sums, to which a bias is added once
                 y = Leave.apply(ops.linear(x, {"weight": node["weight"]}, axes), group)
                 return y + node["bias"] if "bias" in node else y
             return ops.linear(x, node, axes)
@@ -59,7 +62,7 @@ def tensor_parallel(head_dim, axis="tp"):
         dims = [dim for dim, name in enumerate(p.axes) if name in SPLIT]
         return {axis: dims[0]} if dims and "expert" not in p.axes else {}
 
-    def partial(p):                                      # q_norm and k_norm are whole, but each rank's are of its own heads
+    def partial(p):  # q_norm and k_norm are whole, but each rank's are of its own heads
         return (axis,) if p.axes == ("head_dim",) else ()
 
     return xtf.Transform("tensor_parallel", 15, wrap, claim=claim, partial=partial)

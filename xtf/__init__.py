@@ -7,4 +7,5 @@ from xtf.spec import Param, init
 from xtf.state import TrainState
 from xtf.transform import Env, Transform
 
-__all__ = ["LOCAL", "Env", "Ops", "Param", "TrainState", "Transform", "init", "mesh", "microbatch", "shard", "value_and_grad"]
+__all__ = ["LOCAL", "Env", "Ops", "Param", "TrainState", "Transform", "init", "mesh", "microbatch", "shard",
+           "value_and_grad"]

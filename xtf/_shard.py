@@ -1,4 +1,5 @@
-"""`shard`: a fold over transforms. Specs, claims and `Ops` go in, a step with the signature of the plain one comes out."""
+"""`shard`: a fold over transforms. Specs, claims and `Ops` go in, a step with the signature of the plain one comes
+out."""
 import functools
 import math
 from collections.abc import Callable
@@ -21,11 +22,12 @@ from xtf.transform import Env, Transform, computed
 def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None, specs: tree.Tree) -> Callable:
     """The step on a layout: `run(state, batch)` computes what `step(state, batch)` computes (law 1).
 
-    Transforms may come in any order. The result has `.specs` (after the transforms), `.layout` (a tree of `Place`, None without a
-    mesh), `.ops` (what the step is given) and `.mesh`. State leaves are DTensors placed by `.layout` (`xtf.init`, `xtf.hf.load`);
-    the batch is what this rank's loader gives (`xtf.data.cut`).
+    Transforms may come in any order. The result has `.specs` (after the transforms), `.layout` (a tree of `Place`, None
+    without a mesh), `.ops` (what the step is given) and `.mesh`. State leaves are DTensors placed by `.layout`
+    (`xtf.init`, `xtf.hf.load`); the batch is what this rank's loader gives (`xtf.data.cut`).
 
-    Raises ValueError for a transform given twice, an axis that the mesh does not know, or two claims on one axis or dim of a leaf.
+    Raises ValueError for a transform given twice, an axis that the mesh does not know, or two claims on one axis or dim
+    of a leaf.
     """
     transforms = tuple(sorted(transforms, key=lambda t: t.stage))
     names = [t.name for t in transforms]
@@ -36,10 +38,13 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
     for t in transforms:
         for axis in (*t.store, *t.tokens):
             if axis not in AXES and axis not in axes:
-                raise ValueError(f"shard: {t.name} names axis {axis!r}, but the mesh is {M.describe(mesh)}; known axes are {', '.join(AXES)}")
+                raise ValueError(f"shard: {t.name} names axis {axis!r}, but the mesh is {M.describe(mesh)}; known "
+                                 f"axes are {', '.join(AXES)}")
         specs = t.specs(specs)
-    tokens = tuple(a for a in axes if M.size(mesh, a) > 1 and (a in PACK_AXES or any(a in t.tokens for t in transforms)))
-    layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
+    tokens = tuple(a for a in axes if M.size(mesh, a) > 1
+                   and (a in PACK_AXES or any(a in t.tokens for t in transforms)))
+    layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens),
+                                                          specs)
     rules = tuple(t.cast for t in transforms if t.cast)
     env = Env(mesh, tokens, layout, functools.partial(_cast, rules), bool(rules), size=functools.partial(M.size, mesh),
               rank=functools.partial(M.rank, mesh), group=functools.partial(M.group, mesh))
@@ -63,8 +68,8 @@ def _cast(rules: tuple, leaf: torch.Tensor) -> torch.dtype:
 
 
 def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh, tokens: tuple[str, ...]) -> Place:
-    """Where one leaf lives. A compute claim on an axis beats a storage claim; storage takes the first dim that its ranks divide,
-    else the largest (dim 0 gathers without a copy)."""
+    """Where one leaf lives. A compute claim on an axis beats a storage claim; storage takes the first dim that its
+    ranks divide, else the largest (dim 0 gathers without a copy)."""
     claims: dict[str, tuple[int, str]] = {}
     for t in transforms:
         for axis, dim in t.claim(p).items():
@@ -73,14 +78,16 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
             clash = claims.get(axis) or next(((d, n) for d, n in claims.values() if d == dim), None)
             if clash:
                 raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} and {clash[1]} both claim "
-                                 f"{f'mesh axis {axis!r}' if axis in claims else f'dim {p.axes[dim]!r}'}; drop one of them for this leaf")
+                                 f"{f'mesh axis {axis!r}' if axis in claims else f'dim {p.axes[dim]!r}'}; drop one of "
+                                 "them for this leaf")
             if p.shape[dim] % M.size(mesh, axis):
                 raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} splits {p.axes[dim]!r} of {p.shape[dim]} over "
                                  f"{axis}={M.size(mesh, axis)}, which does not divide it")
             claims[axis] = dim, t.name
     taken = {dim for dim, _ in claims.values()}
     free = [d for d in range(len(p.shape)) if d not in taken]
-    store = tuple(a for a in M.axes(mesh) if M.size(mesh, a) > 1 and a not in claims and any(a in t.store for t in transforms))
+    store = tuple(a for a in M.axes(mesh) if M.size(mesh, a) > 1 and a not in claims
+                  and any(a in t.store for t in transforms))
     if not free:
         store = ()
     m = M.flattened(mesh, store)
@@ -95,12 +102,14 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
 
 
 def base_ops(env: Env) -> Ops:
-    """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are summed."""
+    """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are
+    summed."""
     def whole(params: tree.Tree) -> tree.Tree:
         return tree.tree_map(lambda p: computed(p, env), params)
     if env.mesh is None and not env.casts:
         return LOCAL
-    ops = replace(LOCAL, use=lambda fn, params, *args: fn(whole(params), *args), scan=functools.partial(scan_with, whole))
+    ops = replace(LOCAL, use=lambda fn, params, *args: fn(whole(params), *args),
+                  scan=functools.partial(scan_with, whole))
     if env.mesh is None:
         return ops
     mesh = env.mesh
@@ -115,7 +124,8 @@ def base_ops(env: Env) -> Ops:
 
     def norm(grads: tree.Tree) -> torch.Tensor:
         present = [g for g in tree.leaves(grads) if g is not None]
-        copies = [math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate()) if isinstance(g, DTensor) else mesh.size()
+        copies = [math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate())
+                  if isinstance(g, DTensor) else mesh.size()
                   for g in present]
         squares = leaf_norms([local(g) for g in present]).square()
         share = (squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)).sum()
@@ -134,7 +144,7 @@ def base_ops(env: Env) -> Ops:
                     grads[i] = grads[i] / place.copies
                 if place.sums:
                     jobs.setdefault((place.sums, grads[i].dtype), []).append(i)
-        for (axes, _), members in jobs.items():                     # one message for all leaves that are whole over the same axes
+        for (axes, _), members in jobs.items():  # one message for all leaves that are whole over the same axes
             flat = C.sum_(torch.cat([grads[i].reshape(-1) for i in members]), env.group(*axes))
             for i, part in zip(members, flat.split([grads[i].numel() for i in members]), strict=True):
                 grads[i] = part.view_as(grads[i])

@@ -15,8 +15,10 @@ import torch.distributed as dist
 
 # Dense bf16 FLOP/s by datasheet, without sparsity; the first name found in the device's own is taken.
 PEAK_BF16 = {
-    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "GH200": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12,
+    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H800": 989e12, "H20": 148e12,
+    "GH200": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12,
+    "A10": 125e12, "V100": 125e12,
     "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI325X": 1307e12,
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -59,7 +61,8 @@ def capability() -> str:
 
 
 def native_bf16() -> bool:
-    """Whether bf16 products are worth asking for: False on a CPU without such instructions, where they run 10 to 100 times slower than fp32."""
+    """Whether bf16 products are worth asking for: False on a CPU without such instructions, where they run 10 to 100
+    times slower than fp32."""
     return device().type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -71,8 +74,9 @@ def has_fused_adamw(where: torch.device) -> bool:
 def host_copy(make: Callable[[], torch.Tensor], work: Any, where: torch.device) -> Callable[[], torch.Tensor]:
     """Start bringing `make()`, which needs what `work` brings, to the host; the function returned waits for it.
 
-    On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without waiting for what was
-    launched since. On CPU (and for tensors that are only planned for, on meta) there is nothing to hide.
+    On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without
+    waiting for what was launched since. On CPU (and for tensors that are only planned for, on meta) there is nothing to
+    hide.
     """
     if where.type in ("cpu", "meta"):
         def wait() -> torch.Tensor:
@@ -101,21 +105,23 @@ def _copy_stream() -> torch.Stream:
 
 
 def piece(where: torch.device) -> int:
-    """How many numbers a chain of elementwise passes should take at a time: few enough for a CPU's cache, else enough to fill a GPU."""
+    """How many numbers a chain of elementwise passes should take at a time: few enough for a CPU's cache, else enough
+    to fill a GPU."""
     return 1 << 19 if where.type == "cpu" else 1 << 26
 
 
 def norm_piece(where: torch.device) -> int:
-    """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes each add up their part in one float32."""
+    """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes each add up their
+    part in one float32."""
     return 1 << 14 if where.type == "cpu" else 1 << 40
 
 
 def peak_flops(dtype: torch.dtype) -> float:
     """FLOP/s of dense products in `dtype` on one device: the denominator of MFU.
 
-    bf16 and fp16 come from the maker's datasheet, fp8 is twice that; where no datasheet figure is known (other dtypes, other devices, any
-    CPU) the best of a few square products is measured, once a process. bf16 on a CPU without bf16 products counts as fp32, in which it is
-    computed.
+    bf16 and fp16 come from the maker's datasheet, fp8 is twice that; where no datasheet figure is known (other dtypes,
+    other devices, any CPU) the best of a few square products is measured, once a process. bf16 on a CPU without bf16
+    products counts as fp32, in which it is computed.
 
     >>> peak_flops(torch.float32) > 1e8
     True
@@ -125,7 +131,8 @@ def peak_flops(dtype: torch.dtype) -> float:
         return sheet
     if dtype in FP8:
         return 2 * peak_flops(torch.bfloat16)
-    return _measured_peak(torch.float32 if dtype is torch.bfloat16 and not native_bf16() else dtype, torch.get_num_threads())
+    return _measured_peak(torch.float32 if dtype is torch.bfloat16 and not native_bf16() else dtype,
+                          torch.get_num_threads())
 
 
 @functools.cache
@@ -154,7 +161,8 @@ def total_memory() -> int:
 
 
 def memory_gb() -> float:
-    """The most memory held so far, in GB of 10^9 bytes: allocated on the accelerator, or resident in this process on CPU.
+    """The most memory held so far, in GB of 10^9 bytes: allocated on the accelerator, or resident in this process on
+    CPU.
 
     >>> memory_gb() > 0.01
     True
@@ -184,8 +192,8 @@ def seed(value: int) -> None:
 def init_process_group() -> tuple[int, int]:
     """Join the ranks that torchrun started; returns (rank, world), (0, 1) without torchrun.
 
-    Takes the accelerator numbered LOCAL_RANK. On CPU divides the processors among the ranks of this machine, unless OMP_NUM_THREADS says
-    otherwise (torchrun itself sets it to 1, which is therefore taken as unsaid).
+    Takes the accelerator numbered LOCAL_RANK. On CPU divides the processors among the ranks of this machine, unless
+    OMP_NUM_THREADS says otherwise (torchrun itself sets it to 1, which is therefore taken as unsaid).
 
     >>> init_process_group()
     (0, 1)
@@ -210,11 +218,13 @@ def processors() -> int:
 
 
 def keep_pages() -> bool:
-    """Let freed CPU memory stay with the process, so that the next large tensor finds its pages there; True if the allocator agreed.
+    """Let freed CPU memory stay with the process, so that the next large tensor finds its pages there; True if the
+    allocator agreed.
 
-    glibc returns every block above 32 MiB to the kernel when it is freed, and the next one is zeroed anew page by page: filling a fresh
-    64 MB tensor takes 24 ms, and 3 ms with pages kept. No block is mapped by itself any more (M_MMAP_MAX = 0) and the heap is never
-    trimmed (M_TRIM_THRESHOLD = -1), so resident memory stays at its peak. Only for glibc on Linux, and only of use on CPU.
+    glibc returns every block above 32 MiB to the kernel when it is freed, and the next one is zeroed anew page by page:
+    filling a fresh 64 MB tensor takes 24 ms, and 3 ms with pages kept. No block is mapped by itself any more
+    (M_MMAP_MAX = 0) and the heap is never trimmed (M_TRIM_THRESHOLD = -1), so resident memory stays at its peak. Only
+    for glibc on Linux, and only of use on CPU.
     """
     if device().type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False

@@ -1,7 +1,7 @@
 """`value_and_grad` and `microbatch`: differentiation as functions of functions.
 
-The engine is `torch.autograd.grad` over detached leaves. `torch.func.grad` would refuse saved-tensor hooks (so checkpointing and
-fsdp's handles) and autograd Functions without `setup_context`.
+The engine is `torch.autograd.grad` over detached leaves. `torch.func.grad` would refuse saved-tensor hooks (so
+checkpointing and fsdp's handles) and autograd Functions without `setup_context`.
 """
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,8 @@ from xtf.ops import LOCAL, Ops
 
 
 class Taken:
-    """Which memory the gradients seen so far occupy. Autograd may return one tensor, or overlapping views, for several leaves
-    (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
+    """Which memory the gradients seen so far occupy. Autograd may return one tensor, or overlapping views, for several
+    leaves (`a + b` has one gradient), and expanded ones: these must not be overwritten twice."""
 
     def __init__(self):
         self.owners: dict[int, list[torch.Tensor]] = {}              # by storage
@@ -23,7 +23,8 @@ class Taken:
     def own(self, g: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """`g` contiguous in `dtype`, in memory that nobody else's gradient uses: its own, or a copy."""
         if (dtype is None or g.dtype == dtype) and g.is_contiguous():
-            owners = self.owners.setdefault(g.untyped_storage()._cdata, [])              # the storage itself: fake tensors have no addresses
+            # the storage itself: fake tensors have no addresses
+            owners = self.owners.setdefault(g.untyped_storage()._cdata, [])
             if not any(_span(g)[0] < _span(o)[1] and _span(o)[0] < _span(g)[1] for o in owners):
                 owners.append(g)
                 return g
@@ -39,11 +40,11 @@ def _span(x: torch.Tensor) -> tuple[int, int]:
 def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.Tree]]:
     """`share(params, batch, ops)` → a function of the same arguments that returns (loss, grads).
 
-    `share` returns this rank's part of the loss, a scalar: a sum over the tokens it sees, divided by totals over the whole global
-    batch; the returned loss is the sum of all shares, the same on every rank. It may return `(share, sums)`, a tree of tensors
-    that is summed over ranks alike; then the result is `((loss, sums), grads)`. A gradient has its parameter's shape, dtype and
-    placement, and memory of its own, which may be overwritten; it is None at a frozen leaf, and zeros at a trainable one that the
-    loss does not touch.
+    `share` returns this rank's part of the loss, a scalar: a sum over the tokens it sees, divided by totals over the
+    whole global batch; the returned loss is the sum of all shares, the same on every rank. It may return `(share,
+    sums)`, a tree of tensors that is summed over ranks alike; then the result is `((loss, sums), grads)`. A gradient
+    has its parameter's shape, dtype and placement, and memory of its own, which may be overwritten; it is None at a
+    frozen leaf, and zeros at a trainable one that the loss does not touch.
 
     Raises ValueError if the share is not a scalar or depends on no trainable parameter.
 
@@ -58,10 +59,12 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
             out = share(tree.unflatten([like(x, p) for x, p in zip(leaves, stored, strict=True)], treedef), batch, ops)
         loss, sums = out if isinstance(out, tuple) else (out, None)
         if loss.ndim:
-            raise ValueError(f"value_and_grad: the share must be a scalar, got shape {tuple(loss.shape)}; sum over the tokens and divide by a total")
+            raise ValueError(f"value_and_grad: the share must be a scalar, got shape {tuple(loss.shape)}; sum over "
+                             "the tokens and divide by a total")
         wanted = [x for x in leaves if x.requires_grad]
         if not wanted or not loss.requires_grad:
-            raise ValueError("value_and_grad: the share depends on no trainable parameter (all leaves frozen, or computed under no_grad?)")
+            raise ValueError("value_and_grad: the share depends on no trainable parameter (all leaves frozen, or "
+                             "computed under no_grad?)")
         got = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
         grads = ops.collect([next(got) if x.requires_grad else None for x in leaves], leaves)
         taken = Taken()
@@ -70,12 +73,14 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
                 grads[i] = torch.zeros_like(x) if x.requires_grad else None
             elif g.shape != x.shape or g.dtype != x.dtype:
                 path = tree.flatten_with_path(params)[i][0]
-                raise RuntimeError(f"value_and_grad: the gradient of {path} is {g.dtype} {tuple(g.shape)}, its parameter {x.dtype} {tuple(x.shape)}")
+                raise RuntimeError(f"value_and_grad: the gradient of {path} is {g.dtype} {tuple(g.shape)}, its "
+                                   f"parameter {x.dtype} {tuple(x.shape)}")
             else:
                 grads[i] = taken.own(g)
         total = ops.total(loss.detach())
         result = total if sums is None else (total, tree.tree_map(lambda s: ops.total(s.detach()), sums))
-        return result, tree.unflatten([None if g is None else like(g, p) for g, p in zip(grads, stored, strict=True)], treedef)
+        return result, tree.unflatten([None if g is None else like(g, p) for g, p in zip(grads, stored, strict=True)],
+                                      treedef)
     return run
 
 
@@ -97,7 +102,8 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
     def run(params: tree.Tree, batch: Any, ops: Ops = LOCAL) -> tuple[Any, tree.Tree]:
         for path, x in tree.flatten_with_path(batch):
             if x.shape[0] % k:
-                raise ValueError(f"microbatch: {k} parts do not divide the {x.shape[0]} rows of `{path}`; change the batch or k")
+                raise ValueError(f"microbatch: {k} parts do not divide the {x.shape[0]} rows of `{path}`; change the "
+                                 "batch or k")
         value, grads = vg(params, _part(batch, 0, k), ops)
         for i in range(1, k):
             more, g = vg(params, _part(batch, i, k), ops)

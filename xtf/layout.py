@@ -1,7 +1,7 @@
 """Where a leaf lives: a mesh, a placement for each of its axes, and what its gradient has to be summed over.
 
-A *layout* is a tree of `Place` with the structure of the specs. `shard` computes it from the transforms' claims; this file knows
-how a Place cuts a tensor, and prints the table.
+A *layout* is a tree of `Place` with the structure of the specs. `shard` computes it from the transforms' claims; this
+file knows how a Place cuts a tensor, and prints the table.
 """
 import math
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from xtf import tree
 
-PACK_AXES = ("replicate", "dp", "ep")             # a fact of the mesh: ranks that differ in these hold different packs, in row-major order
+# a fact of the mesh: ranks that differ in these hold different packs, in row-major order
+PACK_AXES = ("replicate", "dp", "ep")
 AXES = (*PACK_AXES, "sp")
 
 
@@ -22,8 +23,8 @@ AXES = (*PACK_AXES, "sp")
 class Place:
     """One leaf's place: `mesh` has its storage axes flattened in front (named "store"), the others behind.
 
-    `store` names the mesh axes that the leaf is stored over, `sums` those over which its gradient is summed by all-reduce,
-    `copies` by how much the reduce-scatter overcounts (storage axes whose ranks see the same tokens).
+    `store` names the mesh axes that the leaf is stored over, `sums` those over which its gradient is summed by
+    all-reduce, `copies` by how much the reduce-scatter overcounts (storage axes whose ranks see the same tokens).
     """
     mesh: DeviceMesh
     placements: tuple[Any, ...]
@@ -121,13 +122,14 @@ def table(specs: tree.Tree, layout: tree.Tree | None = None) -> str:
         rows.setdefault((generic, p.shape, str(p.dtype).removeprefix("torch."), p.axes, where, p.trainable), []).append(
             math.prod(size) * p.dtype.itemsize)
     head = ("leaf", "count", "shape", "dtype", "axes", "placement", "bytes per rank")
-    body = [(name, str(len(sizes)), "×".join(map(str, shape)) or "scalar", dtype + ("" if trainable else " frozen"), ",".join(axes), where,
-             f"{sum(sizes):,}")
+    body = [(name, str(len(sizes)), "×".join(map(str, shape)) or "scalar", dtype + ("" if trainable else " frozen"),
+             ",".join(axes), where, f"{sum(sizes):,}")
             for (name, shape, dtype, axes, where, trainable), sizes in rows.items()]
-    body.append(("total", str(sum(map(len, rows.values()))), f"{sum(math.prod(p.shape) for p in tree.leaves(specs)):,}", "", "", "",
-                 f"{sum(sum(s) for s in rows.values()):,}"))
+    body.append(("total", str(sum(map(len, rows.values()))), f"{sum(math.prod(p.shape) for p in tree.leaves(specs)):,}",
+                 "", "", "", f"{sum(sum(s) for s in rows.values()):,}"))
     width = [max(len(r[i]) for r in (head, *body)) for i in range(len(head))]
-    line = lambda r: "  ".join(c.rjust(w) if i in (1, 6) else c.ljust(w) for i, (c, w) in enumerate(zip(r, width, strict=True))).rstrip()
+    line = lambda r: "  ".join(c.rjust(w) if i in (1, 6) else c.ljust(w)
+                               for i, (c, w) in enumerate(zip(r, width, strict=True))).rstrip()
     return "\n".join([line(head), "  ".join("-" * w for w in width), *map(line, body)])
 
 
@@ -136,5 +138,6 @@ def _where(p: Any, place: Place) -> str:
     out = []
     for i, (name, placement) in enumerate(zip(place.mesh.mesh_dim_names or (), place.placements, strict=True)):
         if isinstance(placement, Shard) and not isinstance(placement, Replicate) and place.mesh.size(i) > 1:
-            out.append(f"{p.axes[placement.dim]}/{'·'.join(place.store)}" if i == 0 else f"{p.axes[placement.dim]}:{name}")
+            out.append(f"{p.axes[placement.dim]}/{'·'.join(place.store)}" if i == 0
+                       else f"{p.axes[placement.dim]}:{name}")
     return " ".join(out) or "whole"

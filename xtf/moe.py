@@ -1,8 +1,8 @@
 """A dropless mixture of experts, in stages: score → choose → weigh → plan → dispatch → experts → combine → home.
 
-`layer` is a generator that yields wherever messages fly, so that a scheduler may run another micro-batch meanwhile (`overlap`) without a
-second copy of forward; `staged` makes a plain block of one. What the routers did comes out as sums, so balancing losses are shares like
-any other loss: linear in the probabilities, given the counts.
+`layer` is a generator that yields wherever messages fly, so that a scheduler may run another micro-batch meanwhile
+(`overlap`) without a second copy of forward; `staged` makes a plain block of one. What the routers did comes out as
+sums, so balancing losses are shares like any other loss: linear in the probabilities, given the counts.
 
 P packs   t positions here   T tokens here (P × t)   D hidden   E experts   K chosen a token   S documents of a pack   L layers with experts
 N (token, expert) pairs computed here   F expert width
@@ -24,8 +24,9 @@ from xtf.ops import LOCAL, Ops
 class Router(NamedTuple):
     """How tokens choose experts.
 
-    score: "softmax" over all experts (Qwen3); "softmax_top_k" over the chosen ones (GPT-OSS); "sigmoid" of each, the choice corrected by a
-    bias and limited to `top_groups` of `groups` by the sum of each group's best two (DeepSeek V3, arXiv 2412.19437, eq. 12 to 16).
+    score: "softmax" over all experts (Qwen3); "softmax_top_k" over the chosen ones (GPT-OSS); "sigmoid" of each, the
+    choice corrected by a bias and limited to `top_groups` of `groups` by the sum of each group's best two (DeepSeek V3,
+    arXiv 2412.19437, eq. 12 to 16).
     normalise: divide the chosen scores by their sum. scale: multiply them.
     """
     num_experts: int
@@ -38,11 +39,14 @@ class Router(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the routers of all layers did here; all but `experts` are sums over tokens, so they add over packs, micro-batches and ranks.
+    """What the routers of all layers did here; all but `experts` are sums over tokens, so they add over packs,
+    micro-batches and ranks.
 
-    counts_LPSE [L, P, S, E]: pairs that each document sent to each expert. probs_LPSE: the sum of its tokens' probabilities (with gradient).
-    z_LP: sum of logsumexp(logits)² (with gradient). entropy_LP: sum of the probabilities' entropies, in nats. tokens_P: tokens that are
-    not padding. dropped_LP: pairs that a static bound left out. experts: for each layer the choice, [P, t, K] int16, -1 at padding.
+    counts_LPSE [L, P, S, E]: pairs that each document sent to each expert. probs_LPSE: the sum of its tokens'
+        probabilities (with gradient).
+    z_LP: sum of logsumexp(logits)² (with gradient). entropy_LP: sum of the probabilities' entropies, in nats. tokens_P:
+    tokens that are not padding. dropped_LP: pairs that a static bound left out. experts: for each layer the choice, [P,
+    t, K] int16, -1 at padding.
     """
     counts_LPSE: torch.Tensor
     probs_LPSE: torch.Tensor
@@ -53,7 +57,7 @@ class Routing(NamedTuple):
     experts: list[torch.Tensor]
 
 
-# ---- the router: three small functions; a replay replaces `choose` alone, so that weights keep their gradients ----------------------------
+# ---- the router: three small functions; a replay replaces `choose` alone, so that weights keep their gradients -------
 
 def score(node: dict, x_TD: torch.Tensor, router: Router, ops: Ops) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, probabilities or sigmoids), both [T, E] in at least float32."""
@@ -96,10 +100,11 @@ def weigh(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Te
     return weights_TK * router.scale
 
 
-# ---- the layer --------------------------------------------------------------------------------------------------------------------------
+# ---- the layer -------------------------------------------------------------------------------------------------------
 
 def staged(stages: Callable[..., Generator]) -> Callable[..., Any]:
-    """A block whose stages may be interleaved with another's. Called, it runs them one after the other; `.stages` is the generator function.
+    """A block whose stages may be interleaved with another's. Called, it runs them one after the other; `.stages` is
+    the generator function.
 
     It yields None wherever messages fly, and last its result (torch.compile knows nothing of what a generator returns).
 
@@ -130,14 +135,16 @@ def interleave(*running: Generator) -> list[Any]:
     return results
 
 
-def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int, router: Router, ops: Ops, *, onto: torch.Tensor,
-          experts: Callable[[dict, Any, Ops], torch.Tensor], shared: Callable[[], torch.Tensor] | None = None,
-          routes: torch.Tensor | None = None) -> Generator[Any, None, None]:
-    """Yields last: (onto + the experts' sum for each token, [P, t, D]; what the router did: one layer of `Routing`, by field, packs in front).
+def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int, router: Router, ops: Ops, *,
+          onto: torch.Tensor, experts: Callable[[dict, Any, Ops], torch.Tensor],
+          shared: Callable[[], torch.Tensor] | None = None, routes: torch.Tensor | None = None) -> Generator[Any, None, None]:
+    """Yields last: (onto + the experts' sum for each token, [P, t, D]; what the router did: one layer of `Routing`, by
+    field, packs in front).
 
-    `p` has "router", "experts" and, where the choice is corrected, "correction". `documents_Pt` as `documents` gives it: padding goes to nobody
-    and is not counted. `experts(p["experts"], rows, ops)` -> [N, D], each row already times `rows.weights_N`. `shared()` [P, t, D] is added,
-    and computed while the rows fly. `routes` [P, t, K] replays a recorded choice.
+    `p` has "router", "experts" and, where the choice is corrected, "correction". `documents_Pt` as `documents` gives
+    it: padding goes to nobody and is not counted. `experts(p["experts"], rows, ops)` -> [N, D], each row already times
+    `rows.weights_N`. `shared()` [P, t, D] is added, and computed while the rows fly. `routes` [P, t, K] replays a
+    recorded choice.
     """
     x_TD, documents_T = h_PtD.flatten(0, 1), documents_Pt.flatten()
     logits_TE, scores_TE = score(p["router"], x_TD, router, ops)
@@ -162,16 +169,19 @@ def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_document
 
 
 def swiglu_experts(p: dict, rows: Any, ops: Ops) -> torch.Tensor:
-    """down(silu(gate x) * up x * weight) of every row: the weight multiplies the narrow rows, so that the way home is a mere sum."""
+    """down(silu(gate x) * up x * weight) of every row: the weight multiplies the narrow rows, so that the way home is a
+    mere sum."""
     gate_NF = ops.grouped_linear(rows.x_ND, p["gate"], rows.offsets_E, ("embed", "mlp"))
     up_NF = ops.grouped_linear(rows.x_ND, p["up"], rows.offsets_E, ("embed", "mlp"))
-    return ops.grouped_linear(weighted_swiglu(gate_NF, up_NF, rows.weights_N), p["down"], rows.offsets_E, ("mlp", "embed"))
+    return ops.grouped_linear(weighted_swiglu(gate_NF, up_NF, rows.weights_N), p["down"], rows.offsets_E,
+                              ("mlp", "embed"))
 
 
-# ---- what the router did ----------------------------------------------------------------------------------------------------------------
+# ---- what the router did ---------------------------------------------------------------------------------------------
 
 def documents(batch: Any, ops: Ops) -> torch.Tensor:
-    """The index of each position's document in its pack, [P, t] int64, -1 at padding; positions are split as the model's are.
+    """The index of each position's document in its pack, [P, t] int64, -1 at padding; positions are split as the
+    model's are.
 
     >>> from xtf.data import Sample, pack
     >>> from xtf.ops import LOCAL
@@ -185,12 +195,13 @@ def documents(batch: Any, ops: Ops) -> torch.Tensor:
 
 
 def num_tokens(batch: Any, ops: Ops) -> torch.Tensor:
-    """How many tokens of the whole global batch are not padding (1 if none is): what balancing and z-losses are divided by."""
+    """How many tokens of the whole global batch are not padding (1 if none is): what balancing and z-losses are divided
+    by."""
     return ops.total((documents(batch, ops) >= 0).sum()).clamp(min=1)
 
 
-def statistics(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int,
-               dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+def statistics(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Tensor, documents_Pt: torch.Tensor,
+               num_documents: int, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
     """One layer of `Routing`, by field."""
     (P, t), E = documents_Pt.shape, scores_TE.shape[1]
     real_Pt = documents_Pt >= 0
@@ -204,8 +215,9 @@ def statistics(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: tor
     probs = torch.zeros(bins + 1, E, dtype=scores_TE.dtype, device=at_TK.device).index_add(0, bin_T, probs_TE)
     by_pack = lambda x_T: (x_T.view(P, t) * real_Pt).sum(1)
     shape = P, num_documents, E
-    return {"counts": counts.view(bins + 1, E)[:bins].view(shape), "probs": probs[:bins].view(shape), "z": by_pack(logits_TE.logsumexp(-1).square()),
-            "entropy": -by_pack(torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum(-1)), "tokens": real_Pt.sum(1),
+    return {"counts": counts.view(bins + 1, E)[:bins].view(shape), "probs": probs[:bins].view(shape),
+            "z": by_pack(logits_TE.logsumexp(-1).square()), "entropy":
+            -by_pack(torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum(-1)), "tokens": real_Pt.sum(1),
             "dropped": F.pad(dropped.view(1), (0, P - 1)), "experts": experts_TK.view(P, t, -1).to(torch.int16)}
 
 
@@ -215,29 +227,33 @@ def gather(ys: Sequence[dict | None]) -> Routing:
     if not layers:
         raise ValueError("moe.gather: no layer of this model has experts")
     stacked = lambda name: torch.stack([y[name] for y in layers])
-    return Routing(stacked("counts"), stacked("probs"), stacked("z"), stacked("entropy"), layers[0]["tokens"], stacked("dropped"),
-                   [y["experts"] for y in layers])
+    return Routing(stacked("counts"), stacked("probs"), stacked("z"), stacked("entropy"), layers[0]["tokens"],
+                   stacked("dropped"), [y["experts"] for y in layers])
 
 
-def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops, over: Literal["document", "batch", "pack", "transformers"] = "document",
+def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops,
+            over: Literal["document", "batch", "pack", "transformers"] = "document",
             previous_LE: torch.Tensor | None = None) -> torch.Tensor:
-    """This rank's share of the balancing loss, summed over layers: 1 a layer where experts are used evenly, up to E where one is used alone.
+    """This rank's share of the balancing loss, summed over layers: 1 a layer where experts are used evenly, up to E
+    where one is used alone.
 
-    Σ over documents of (tokens / num_tokens) × E Σ_e f_e p_e, with f_e the fraction of the document's pairs that expert e got and p_e its mean
-    probability: the document's loss of DeepSeek V3 (arXiv 2412.19437, eq. 17 to 20), token-weighted. Counts carry no gradient, and are summed
-    over the ranks that hold other positions. `num_tokens` as `moe.num_tokens` gives it.
+    Σ over documents of (tokens / num_tokens) × E Σ_e f_e p_e, with f_e the fraction of the document's pairs that expert
+    e got and p_e its mean probability: the document's loss of DeepSeek V3 (arXiv 2412.19437, eq. 17 to 20),
+    token-weighted. Counts carry no gradient, and are summed over the ranks that hold other positions. `num_tokens` as
+    `moe.num_tokens` gives it.
 
-    over: "document" (the default). "batch": f of the whole global batch of the step before, `previous_LE` (counts; the first step's zeros mean
-    even use). "pack": f of whole packs, so that a document's neighbours matter. "transformers": the formula of its load_balancing_loss_func,
-    all layers' tokens thrown together and not divided by K, over this micro-batch of this rank: a product of two means, so not a sum
-    of shares; for parity on one process.
+    over: "document" (the default). "batch": f of the whole global batch of the step before, `previous_LE` (counts; the
+    first step's zeros mean even use). "pack": f of whole packs, so that a document's neighbours matter. "transformers":
+    the formula of its load_balancing_loss_func, all layers' tokens thrown together and not divided by K, over this
+    micro-batch of this rank: a product of two means, so not a sum of shares; for parity on one process.
 
     Raises ValueError where `previous_LE` and `over` do not go together.
     """
     if over not in ("document", "batch", "pack", "transformers"):
         raise ValueError(f"moe.balance: over={over!r} is none of document, batch, pack, transformers")
     if (over == "batch") != (previous_LE is not None):
-        raise ValueError(f"moe.balance: over={over!r} {'needs' if over == 'batch' else 'takes no'} previous_LE, the counts of the step before")
+        raise ValueError(f"moe.balance: over={over!r} {'needs' if over == 'batch' else 'takes no'} previous_LE, the "
+                         "counts of the step before")
     E = routing.counts_LPSE.shape[-1]
     if over == "transformers":
         tokens = routing.tokens_P.sum() * len(routing.counts_LPSE)
@@ -255,18 +271,21 @@ def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops, over: Literal[
 
 
 def z_loss(routing: Routing, num_tokens: torch.Tensor) -> torch.Tensor:
-    """This rank's share of the mean of logsumexp(logits)² over tokens, summed over layers (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """This rank's share of the mean of logsumexp(logits)² over tokens, summed over layers (ST-MoE, arXiv 2202.08906,
+    eq. 5)."""
     return routing.z_LP.sum() / num_tokens
 
 
 def sums(routing: Routing) -> dict[str, torch.Tensor]:
-    """What to return beside the share, so that `value_and_grad` adds it over micro-batches and ranks: counts [L, E] and scalars by layer [L]."""
-    return {"counts": routing.counts_LPSE.detach().sum((1, 2)), "z": routing.z_LP.detach().sum(1), "entropy": routing.entropy_LP.sum(1),
-            "tokens": routing.tokens_P.sum(), "dropped": routing.dropped_LP.sum()}
+    """What to return beside the share, so that `value_and_grad` adds it over micro-batches and ranks: counts [L, E] and
+    scalars by layer [L]."""
+    return {"counts": routing.counts_LPSE.detach().sum((1, 2)), "z": routing.z_LP.detach().sum(1),
+            "entropy": routing.entropy_LP.sum(1), "tokens": routing.tokens_P.sum(), "dropped": routing.dropped_LP.sum()}
 
 
 def no_counts(specs: tree.Tree) -> torch.Tensor:
-    """Counts of no step yet, zeros [L, E] in at least float32 on the device: what `TrainState.extra` begins with for `balance(over="batch")`.
+    """Counts of no step yet, zeros [L, E] in at least float32 on the device: what `TrainState.extra` begins with for
+    `balance(over="batch")`.
 
     >>> from xtf.spec import Param
     >>> router = {"router": {"weight": Param((4, 8), torch.float32, ("router", "embed"))}}
@@ -275,15 +294,18 @@ def no_counts(specs: tree.Tree) -> torch.Tensor:
     """
     routers = [p for path, p in tree.flatten_with_path(specs) if path.endswith("router.weight")]
     if not routers:
-        raise ValueError("moe: no layer of this model has experts; use the recipe of a dense family, or correct config.json")
-    return torch.zeros(len(routers), routers[0].shape[0], dtype=at_least_float32(routers[0].dtype), device=device.device())
+        raise ValueError("moe: no layer of this model has experts; use the recipe of a dense family, or correct "
+                         "config.json")
+    return torch.zeros(len(routers), routers[0].shape[0], dtype=at_least_float32(routers[0].dtype),
+                       device=device.device())
 
 
 def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Scalars for the log, from the step's `sums`.
 
-    router_violation: by how much the fullest expert of any layer exceeds its even share, (max - mean) / mean. router_load_min: the emptiest
-    expert's part of its even share. router_entropy: nats a token and layer. router_z: mean logsumexp². dropped: pairs that were left out.
+    router_violation: by how much the fullest expert of any layer exceeds its even share, (max - mean) / mean.
+    router_load_min: the emptiest expert's part of its even share. router_entropy: nats a token and layer. router_z:
+        mean logsumexp². dropped: pairs that were left out.
 
     >>> even = {"counts": torch.ones(1, 4), "z": torch.ones(1), "entropy": torch.ones(1), "tokens": torch.tensor(2), "dropped": torch.tensor(0)}
     >>> metrics(even)["router_violation"].item()
@@ -293,15 +315,17 @@ def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     mean_L1 = counts_LE.mean(-1, keepdim=True).clamp(min=torch.finfo(counts_LE.dtype).tiny)
     tokens = sums["tokens"].clamp(min=1)
     return {"router_violation": (counts_LE / mean_L1).max() - 1, "router_load_min": (counts_LE / mean_L1).min(),
-            "router_entropy": sums["entropy"].mean() / tokens, "router_z": sums["z"].mean() / tokens, "dropped": sums["dropped"]}
+            "router_entropy": sums["entropy"].mean() / tokens, "router_z": sums["z"].mean() / tokens,
+            "dropped": sums["dropped"]}
 
 
 def correct(updates: tree.Tree, params: tree.Tree, counts_LE: torch.Tensor, rate: float, ops: Ops = LOCAL,
             ok: torch.Tensor | None = None) -> tree.Tree:
-    """`updates` with those of the routers' corrections: + rate for experts below their layer's mean count, - rate above (0 where not `ok`).
+    """`updates` with those of the routers' corrections: + rate for experts below their layer's mean count, - rate above
+    (0 where not `ok`).
 
-    No gradient reaches a correction: it steers the choice alone, so that no auxiliary loss is needed (arXiv 2408.15664, Algorithm 1).
-    Raises ValueError if the layers with corrections are not as many as the rows of `counts_LE`.
+    No gradient reaches a correction: it steers the choice alone, so that no auxiliary loss is needed (arXiv 2408.15664,
+    Algorithm 1). Raises ValueError if the layers with corrections are not as many as the rows of `counts_LE`.
     """
     delta_LE = rate * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE)
     ok = ops.sound(ok)
@@ -311,4 +335,5 @@ def correct(updates: tree.Tree, params: tree.Tree, counts_LE: torch.Tensor, rate
     count = sum(path.endswith("correction.bias") for path, _ in tree.flatten_with_path(params))
     if count != len(delta_LE):
         raise ValueError(f"moe.correct: counts of {len(delta_LE)} layers for {count} layers with a correction")
-    return tree.map_with_path(lambda path, p, u: part_like(next(rows).to(p.dtype), p) if path.endswith("correction.bias") else u, params, updates)
+    return tree.map_with_path(lambda path, p, u: part_like(next(rows).to(p.dtype), p)
+                              if path.endswith("correction.bias") else u, params, updates)

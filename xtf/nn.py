@@ -1,4 +1,5 @@
-"""What dense decoders share: rotary embeddings of every scaling kind, attention and MLP, the head and its losses, counts.
+"""What dense decoders share: rotary embeddings of every scaling kind, attention and MLP, the head and its losses,
+counts.
 
 All are functions of a node or layer of the parameter tree; whatever concerns the machine goes through `ops`.
 
@@ -27,13 +28,15 @@ Size = Annotated[int, msgspec.Meta(ge=1)]
 
 # transformers' names for what torch has as one function; "silu" alone has a fused kernel
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
+    "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
     "hardswish": F.hardswish, "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
 }
 
 
-# ---- rotary position embeddings -----------------------------------------------------------------------------------------------------
+# ---- rotary position embeddings --------------------------------------------------------------------------------------
 
 class Rope(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="rope_type", tag="default"):
     """Rotary positions without scaling; the other kinds add fields, named as in config.json.
@@ -55,7 +58,8 @@ class DynamicRope(Rope, frozen=True, tag="dynamic"):
 
 
 class YarnRope(Rope, frozen=True, tag="yarn"):
-    """Slow dims interpolated, fast ones kept, a ramp between, and cos, sin scaled by `attention_factor` (arXiv 2309.00071, eq. 15 to 25)."""
+    """Slow dims interpolated, fast ones kept, a ramp between, and cos, sin scaled by `attention_factor` (arXiv
+    2309.00071, eq. 15 to 25)."""
     factor: float
     original_max_position_embeddings: Size
     attention_factor: float | None = None
@@ -67,7 +71,8 @@ class YarnRope(Rope, frozen=True, tag="yarn"):
 
 
 class LongRope(Rope, frozen=True, tag="longrope"):
-    """A factor for each dim, from one of two tables: for documents up to the original length, and longer ones (arXiv 2402.13753)."""
+    """A factor for each dim, from one of two tables: for documents up to the original length, and longer ones (arXiv
+    2402.13753)."""
     factor: float
     original_max_position_embeddings: Size
     short_factor: tuple[float, ...]
@@ -90,24 +95,27 @@ def rope(kind: AnyRope, head_dim: int, positions_PT: torch.Tensor, segments_PS: 
          dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [P, T, head_dim] of every position, in at least float32, once a forward.
 
-    `segments_PS` holds cumulative document lengths: kinds that depend on the length use each document's own, so that packing is
-    invisible. Frequencies are float32 numbers in any `dtype`, as they are in transformers.
+    `segments_PS` holds cumulative document lengths: kinds that depend on the length use each document's own, so that
+    packing is invisible. Frequencies are float32 numbers in any `dtype`, as they are in transformers.
 
     >>> cos, sin = rope(Rope(), 4, torch.tensor([[0, 1, 2]]), torch.tensor([[0, 3]]), torch.float32)
     >>> cos.shape, cos[0, 0].tolist()
     (torch.Size([1, 3, 4]), [1.0, 1.0, 1.0, 1.0])
     """
     wide = at_least_float32(dtype)
-    angle = positions_PT[..., None].to(wide) * inverse_frequencies(kind, head_dim, segments_PS, positions_PT.shape[1]).to(wide)
+    angle = positions_PT[..., None].to(wide) * inverse_frequencies(kind, head_dim, segments_PS,
+                                                                   positions_PT.shape[1]).to(wide)
     scale = attention_factor(kind)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
 def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor, T: int) -> torch.Tensor:
-    """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] for the kinds that depend on a document's length.
+    """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] for the kinds that depend on a document's
+    length.
 
-    Computed on the CPU where the length plays no part: a last-digit difference in a device's pow is 1e-3 radians at position 30,000.
+    Computed on the CPU where the length plays no part: a last-digit difference in a device's pow is 1e-3 radians at
+    position 30,000.
     """
     device = segments_PS.device
     powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
@@ -126,14 +134,17 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
             if kind.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, head_dim - 1)
-            ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
+            ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low)
+                    / (high - low or 0.001)).clamp(0, 1)
             keep = 1 - ramp
             return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep).to(device)
         case LongRope():
-            short, long = (1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods) for x in (kind.short_factor, kind.long_factor))
+            short, long = (1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods)
+                           for x in (kind.short_factor, kind.long_factor))
             longer_PT1 = (document_lengths(segments_PS, T) > kind.original_max_position_embeddings)[..., None]
             return torch.where(longer_PT1, long.to(device), short.to(device))
-        case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original):
+        case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high,
+                        original_max_position_embeddings=original):
             wavelength = 2 * math.pi / plain
             smooth = (original / wavelength - low) / (high - low)
             between = (1 - smooth) * plain / factor + smooth * plain
@@ -145,7 +156,8 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
 
 def yarn_dim(kind: YarnRope, rotations: float, head_dim: int) -> float:
     """The (fractional) dim that turns `rotations` times within the original context."""
-    return head_dim * math.log(kind.original_max_position_embeddings / (rotations * 2 * math.pi)) / (2 * math.log(kind.rope_theta))
+    return head_dim * math.log(kind.original_max_position_embeddings
+                               / (rotations * 2 * math.pi)) / (2 * math.log(kind.rope_theta))
 
 
 def attention_factor(kind: AnyRope) -> float:
@@ -179,11 +191,12 @@ def document_lengths(segments_PS: torch.Tensor, T: int) -> torch.Tensor:
     [[2, 2, 3, 3, 3]]
     """
     ends_PS, lengths_PS = segments_PS[:, 1:].long(), segments_PS.diff(dim=1)
-    ended_PT = torch.zeros_like(ends_PS[:, :1]).expand(-1, T + 1).scatter_add(1, ends_PS, torch.ones_like(ends_PS)).cumsum(1)[:, :T]
+    ended_PT = torch.zeros_like(ends_PS[:, :1]).expand(-1, T + 1).scatter_add(1, ends_PS,
+                                                                              torch.ones_like(ends_PS)).cumsum(1)[:, :T]
     return lengths_PS.gather(1, ended_PT)
 
 
-# ---- layers -------------------------------------------------------------------------------------------------------------------------
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 def norm(x_PtD: torch.Tensor, node: dict, cfg: Any) -> torch.Tensor:
     """RMSNorm over the last dim."""
@@ -197,11 +210,11 @@ def embed(node: dict, ids_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
 
 def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
               window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
-    """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and `k_norm`, and every
-    query sees a sink where it has `sinks`.
+    """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and
+    `k_norm`, and every query sees a sink where it has `sinks`.
 
-    `window`: how many tokens a query sees, itself included; None: its whole document. How many heads there are is read off the
-    products, since a transform may have split them.
+    `window`: how many tokens a query sees, itself included; None: its whole document. How many heads there are is read
+    off the products, since a transform may have split them.
     """
     heads = lambda name, axis: ops.linear(x_PtD, p[name], ("embed", axis)).unflatten(-1, (-1, cfg.head_dim))
     q_PtHd, k_PtKd, v_PtKd = heads("q", "heads"), heads("k", "kv_heads"), heads("v", "kv_heads")
@@ -209,7 +222,8 @@ def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torc
         q_PtHd, k_PtKd = norm(q_PtHd, p["q_norm"], cfg), norm(k_PtKd, p["k_norm"], cfg)
     q_PtHd, k_PtKd = apply_rope(q_PtHd, cos_Ptd, sin_Ptd), apply_rope(k_PtKd, cos_Ptd, sin_Ptd)
     sinks_H = p["sinks"]["weight"] if "sinks" in p else None
-    o_PtHd = ops.name(ops.attend, "attn_out")(q_PtHd, k_PtKd, v_PtKd, segments=segments_PS, window=window, sinks=sinks_H)
+    o_PtHd = ops.name(ops.attend, "attn_out")(q_PtHd, k_PtKd, v_PtKd, segments=segments_PS, window=window,
+                                              sinks=sinks_H)
     return ops.linear(o_PtHd.flatten(-2), p["o"], ("heads", "embed"))
 
 
@@ -224,28 +238,32 @@ def experts(p: dict, rows: Any, ops: Ops, cfg: Any) -> torch.Tensor:
     """`mlp` for rows laid out by expert, [N, D], each times its weight."""
     if cfg.hidden_act in ("silu", "swish"):
         return moe.swiglu_experts(p, rows, ops)
-    gate_NF, up_NF = (ops.grouped_linear(rows.x_ND, p[name], rows.offsets_E, ("embed", "mlp")) for name in ("gate", "up"))
+    gate_NF, up_NF = (ops.grouped_linear(rows.x_ND, p[name], rows.offsets_E, ("embed", "mlp"))
+                      for name in ("gate", "up"))
     hidden_NF = (ACTIVATIONS[cfg.hidden_act](gate_NF) * up_NF * rows.weights_N[:, None]).to(gate_NF.dtype)
     return ops.grouped_linear(hidden_NF, p["down"], rows.offsets_E, ("mlp", "embed"))
 
 
 def replays(routes: Sequence[torch.Tensor] | None, layers: Sequence[dict], ops: Ops) -> list[torch.Tensor | None]:
-    """For each layer the recorded choice [P, t, K] to replay: None where it has no experts, and everywhere without `routes`.
+    """For each layer the recorded choice [P, t, K] to replay: None where it has no experts, and everywhere without
+    `routes`.
 
-    `routes` has one [P, T, K] of whole positions for each layer with experts; raises ValueError if there are more or fewer.
+    `routes` has one [P, T, K] of whole positions for each layer with experts; raises ValueError if there are more or
+    fewer.
     """
     sparse = ["router" in p for p in layers]
     if routes is None:
         return [None] * len(layers)
     if len(routes) != sum(sparse):
-        raise ValueError(f"routes: {len(routes)} recorded layers for the {sum(sparse)} of this model's {len(layers)} layers that have experts")
+        raise ValueError(f"routes: {len(routes)} recorded layers for the {sum(sparse)} of this model's {len(layers)} "
+                         "layers that have experts")
     recorded = iter(routes)
     return [ops.split(next(recorded)) if s else None for s in sparse]
 
 
-# ---- the end: final norm, head, losses ----------------------------------------------------------------------------------------------
-# Each takes what the last layer returned. The final norm and the head are made whole together; a tied head is the embedding,
-# made whole a second time.
+# ---- the end: final norm, head, losses -------------------------------------------------------------------------------
+# Each takes what the last layer returned. The final norm and the head are made whole together; a tied head is the
+# embedding, made whole a second time.
 
 def final_norm(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
     """What the head sees."""
@@ -257,7 +275,8 @@ def logits(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tenso
     return ops.use(partial(_logits, cfg=cfg, ops=ops), _end(params), x_PtD)
 
 
-def summed_loss(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def summed_loss(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any,
+                ops: Ops) -> torch.Tensor:
     """The sum of weight * nll over the tokens here: one scalar, whose gradients are made in the forward pass."""
     return ops.use(partial(_summed_loss, cfg=cfg), _end(params), x_PtD, labels_Pt, weights_Pt)
 
@@ -279,7 +298,8 @@ def _logits(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
     return ops.linear(norm(x_PtD, p["norm"], cfg), p["head"], ("embed", "vocab"))
 
 
-def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
+def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor,
+                 cfg: Any) -> torch.Tensor:
     x_ND = norm(x_PtD, p["norm"], cfg).flatten(0, 1)
     return linear_cross_entropy(x_ND, p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())  # pyright: ignore[reportCallIssue]
 
@@ -289,10 +309,12 @@ def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) 
     return -token_logprobs(x_ND, p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)  # pyright: ignore[reportCallIssue]
 
 
-# ---- descriptions -------------------------------------------------------------------------------------------------------------------
+# ---- descriptions ----------------------------------------------------------------------------------------------------
 
-def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False, num_experts: int = 0) -> dict:
-    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names. With `num_experts`, one for each, stacked in front.
+def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False,
+            num_experts: int = 0) -> dict:
+    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names. With `num_experts`, one
+    for each, stacked in front.
 
     >>> cfg = msgspec.defstruct("Config", ["initializer_range"])(0.02)
     >>> sorted(product(8, 4, ("mlp", "embed"), cfg, torch.float32, bias=True))
@@ -313,9 +335,9 @@ def scale(size: int, axis: str, dtype: torch.dtype) -> dict:
 def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, str]:
     """Expand a name table over a spec tree: every leaf's path to its Hugging Face name.
 
-    Rows map a node's path to a module's name, with `{i}` for the layer in both; a node's members (weight, bias) keep their names. A row
-    for a leaf's path gives its whole name. `{e}` in a name stays: one tensor an expert, stacked. Raises KeyError if the tree has a node that
-    the table lacks.
+    Rows map a node's path to a module's name, with `{i}` for the layer in both; a node's members (weight, bias) keep
+    their names. A row for a leaf's path gives its whole name. `{e}` in a name stays: one tensor an expert, stacked.
+    Raises KeyError if the tree has a node that the table lacks.
 
     >>> hf_names((("layers.{i}.q", "model.layers.{i}.self_attn.q_proj"),), {"layers": [{"q": {"weight": 0, "bias": 0}}]})
     {'layers.0.q.weight': 'model.layers.0.self_attn.q_proj.weight', 'layers.0.q.bias': 'model.layers.0.self_attn.q_proj.bias'}
@@ -335,9 +357,10 @@ def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, st
 def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
     """Forward FLOPs of documents of these lengths; forward and backward are 3 times as many.
 
-    2 × (weights that multiply, head and router included, of experts the top_k that a token chooses, embedding lookup not) × tokens
-    + Σ over layers of 4 × H × d × pairs, where pairs counts the keys that each query sees: l (l + 1) / 2 in a document of l tokens,
-    w (w + 1) / 2 + (l - w) w under a window w < l. Norms, rope, activations and biases are not counted.
+    2 × (weights that multiply, head and router included, of experts the top_k that a token chooses, embedding lookup
+    not) × tokens + Σ over layers of 4 × H × d × pairs, where pairs counts the keys that each query sees: l (l + 1) / 2
+    in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l. Norms, rope, activations and biases are
+    not counted.
     """
     end = {"head": specs["head"] if "head" in specs else specs["embed"]}
     weights = sum(_multiplying(p, cfg) for p in tree.leaves({"layers": specs["layers"], **end}))

@@ -1,10 +1,10 @@
 """`Ops`: the one record through which a model asks the machine for anything.
 
-A model calls these functions and never names a rank, a group or a mesh. `LOCAL` is one process. A transform is (among other
-things) a function from `Ops` to `Ops`.
+A model calls these functions and never names a rank, a group or a mesh. `LOCAL` is one process. A transform is (among
+other things) a function from `Ops` to `Ops`.
 
-Shapes: P packs, t positions here, T positions of a pack, H query heads, K key-value heads, d head dim, D hidden, E experts,
-N (token, expert) rows.
+Shapes: P packs, t positions here, T positions of a pack, H query heads, K key-value heads, d head dim, D hidden, E
+experts, N (token, expert) rows.
 """
 import types
 from collections.abc import Callable, Sequence
@@ -24,24 +24,28 @@ class Ops:
     """What a model and an optimizer may ask for; every field is a pure function (`donate` apart).
 
     scan(block, layers, x, *shared, xs=None, around=None) -> (x, ys): for each layer
-        `x, y = block(params, x, *shared)`, or `block(params, x, *shared, xs=xs[i])` where `xs` (one entry a layer, static
-        values or tensors) is given; `ys` is the list of `y`. Parameters are made whole for the call. `around` wraps
-        "make whole, then block" (remat).
+        `x, y = block(params, x, *shared)`, or `block(params, x, *shared, xs=xs[i])` where `xs` (one entry a layer,
+        static values or tensors) is given; `ys` is the list of `y`. Parameters are made whole for the call. `around`
+        wraps "make whole, then block" (remat).
     use(fn, params, *args): `fn(params, *args)` with the parameters made whole.
-    linear(x_D, node, axes): product with `node["weight"]` [out, in], plus `node["bias"]` if there; `axes` = (in, out) logical names.
+    linear(x_D, node, axes): product with `node["weight"]` [out, in], plus `node["bias"]` if there; `axes` = (in, out)
+        logical names.
     grouped_linear(x_ND, node, offsets_E, axes): rows up to offsets[e] times `node["weight"][e]`.
-    attend(q_PTHd, k_PTKd, v_PTKd, *, segments, window=None, scale=None, sinks=None, cache=None) -> o_PTHd: causal attention within
-        each document; `segments` [P, S + 1] int32 holds cumulative document lengths, padded with T.
+    attend(q_PTHd, k_PTKd, v_PTKd, *, segments, window=None, scale=None, sinks=None, cache=None) -> o_PTHd: causal
+        attention within each document; `segments` [P, S + 1] int32 holds cumulative document lengths, padded with T.
     plan, dispatch, arrive, combine, home: tokens to their experts and back (`xtf.kernels.experts`).
     split(x_PT..., dim=1): this rank's positions, where the sequence is divided.
     name(fn, label): a named call, that remat and offload refer to.
     total(x): the sum over all ranks that hold other tokens; its adjoint is the same sum.
     same_packs(x): the sum over ranks that hold other positions of the same packs, without gradient.
     norm(tree): the 2-norm over all stored elements, each counted once.
-    matrices(fn, leaves): `fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store it; the results in the
-        leaves' placement (`xtf.parallel.matrices`). For optimizers that need a matrix as a whole.
-    whole(leaf): the whole leaf as a plain tensor. collect(grads, leaves): finish a backward pass (`value_and_grad` alone calls it).
-    sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it; nothing waits for it.
+    matrices(fn, leaves): `fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store
+        it; the results in the leaves' placement (`xtf.parallel.matrices`). For optimizers that need a matrix as a
+        whole.
+    whole(leaf): the whole leaf as a plain tensor. collect(grads, leaves): finish a backward pass (`value_and_grad`
+        alone calls it).
+    sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it;
+        nothing waits for it.
     donate: whether the optimizer may overwrite the old state.
     """
     scan: Callable[..., tuple[Any, list]]
@@ -92,7 +96,8 @@ def run_block(block: Callable, params: tree.Tree, x: Any, *shared: Any, extra: t
     """One call of a block, its result checked to be a pair."""
     out = block(params, x, *shared, xs=extra[0]) if extra else block(params, x, *shared)
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"scan: {_label(block)} must return (x, y), y = None if there is nothing to collect; it returned {type(out).__name__}")
+        raise TypeError(f"scan: {_label(block)} must return (x, y), y = None if there is nothing to collect; it "
+                        f"returned {type(out).__name__}")
     return out
 
 
@@ -117,8 +122,8 @@ def refuse_closures(fn: Callable) -> None:
 def _refuse(fn: Callable, name: str, value: Any) -> None:
     for leaf in tree.leaves(value) if isinstance(value, dict | list | tuple) else (value,):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            raise ValueError(f"scan: {_label(fn)} closes over `{name}`, a tensor of shape {tuple(leaf.shape)} that needs gradients; "
-                             "pass it to scan as a shared argument (or in xs) instead")
+            raise ValueError(f"scan: {_label(fn)} closes over `{name}`, a tensor of shape {tuple(leaf.shape)} that "
+                             "needs gradients; pass it to scan as a shared argument (or in xs) instead")
 
 
 def _label(fn: Callable) -> str:
@@ -136,10 +141,12 @@ def local_norm(grads: tree.Tree) -> torch.Tensor:
 def leaf_norms(leaves: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of each tensor, float64 [len(leaves)].
 
-    Where torch adds up a tensor's squares in float32 one after the other (CPU: an error of 7e-4 for 16M elements), pieces of it are measured.
+    Where torch adds up a tensor's squares in float32 one after the other (CPU: an error of 7e-4 for 16M elements),
+    pieces of it are measured.
     """
     leaves = [x if x.dtype.itemsize >= 4 else x.float() for x in leaves]
-    pieces = [x.reshape(-1).split(device.norm_piece(x.device)) if x.numel() > device.norm_piece(x.device) else (x,) for x in leaves]
+    pieces = [x.reshape(-1).split(device.norm_piece(x.device)) if x.numel() > device.norm_piece(x.device) else (x,)
+              for x in leaves]
     norms = torch._foreach_norm([piece for some in pieces for piece in some])
     same = all(n.dtype == norms[0].dtype for n in norms)
     squares = torch.stack(norms if same else [n.double() for n in norms]).double().square()

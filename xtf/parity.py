@@ -13,33 +13,38 @@ from xtf.models.deepseek_v3 import KIMI_K2
 from xtf.testing import logits_and_grads
 from xtf.testing.parity import as_layout
 
-BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 5e-2}                       # transformers keeps float32 inside, so fp64 proves no more
+BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 5e-2}  # transformers keeps float32 inside, so fp64 proves no more
 
 
-def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The same by transformers: each sequence alone, sdpa attention (eager where a model has none). Gradients by their names in the files,
-    tied ones once. Quantised directories are dequantised, for which transformers wants the accelerate package."""
+def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.Tensor],
+                                                                                  dict[str, torch.Tensor]]:
+    """The same by transformers: each sequence alone, sdpa attention (eager where a model has none). Gradients by their
+    names in the files, tied ones once. Quantised directories are dequantised, for which transformers wants the
+    accelerate package."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
     settings = json.loads(Path(path, "config.json").read_text())
     family = settings.pop("model_type")
-    if family == "kimi_k2":                                              # the same model with other defaults; its own code is remote
+    if family == "kimi_k2":  # the same model with other defaults; its own code is remote
         family, settings = "deepseek_v3", KIMI_K2 | settings
     config = AutoConfig.for_model(family, **settings)
     attention = "eager" if family == "gpt_oss" else "sdpa"
     model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention,
-                                                      **({"experts_implementation": "eager"} if dtype == torch.float64 else {}))
-    model._weight_conversions = None                                     # those of the family alone: gradients are not quantised again
+                                                      **({"experts_implementation": "eager"} if dtype == torch.float64
+                                                         else {}))
+    model._weight_conversions = None  # those of the family alone: gradients are not quantised again
     logits, loss = [], torch.zeros((), dtype=dtype)
     for s in sequences:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)       # a dynamic one remembers the longest sequence it met
+        # a dynamic one remembers the longest sequence it met
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
         out = model(torch.tensor([s])).logits[0]
         logits.append(out.detach())
         if len(s) > 1:
             wide = out[:-1].to(torch.promote_types(dtype, torch.float32))
             loss = loss + torch.nn.functional.cross_entropy(wide, torch.tensor(s[1:]), reduction="sum")
     loss.backward()
-    return logits, revert_weight_conversion(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    return logits, revert_weight_conversion(model, {name: p.grad for name, p in model.named_parameters()
+                                                    if p.grad is not None})
 
 
 def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -76,11 +81,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     rows = [("logits", max(deviation(a, b) for a, b in zip(logits, their_logits, strict=True)))]
     rows += [(name, deviation(grads[name], g) if name in grads else float("inf")) for name, g in their_grads.items()]
-    rows += [(name, float("inf")) for name, g in grads.items() if name not in their_grads and g.any()]     # MTP modules have no counterpart
+    # MTP modules have no counterpart
+    rows += [(name, float("inf")) for name, g in grads.items() if name not in their_grads and g.any()]
     for name, value in rows:
         print(f"{value:9.2e}  {'' if value <= bound else 'BEYOND  '}{name}")
     worst = max(value for _, value in rows)
-    print(f"largest deviation {worst:.2e} of {len(rows)} tensors, bound {bound:g}: {'ok' if worst <= bound else 'FAILED'}")
+    print(f"largest deviation {worst:.2e} of {len(rows)} tensors, bound {bound:g}: "
+          f"{'ok' if worst <= bound else 'FAILED'}")
     return 0 if worst <= bound else 1
 
 

@@ -1,7 +1,7 @@
 """What a parameter is before it exists: shape, dtype, logical axes, initialiser, trainable or not.
 
-A model's `specs(cfg)` is a tree of `Param` with the structure of its parameters. Placements, initial values, name maps, counts
-and memory plans are all maps over that one tree.
+A model's `specs(cfg)` is a tree of `Param` with the structure of its parameters. Placements, initial values, name maps,
+counts and memory plans are all maps over that one tree.
 """
 import hashlib
 import math
@@ -58,7 +58,8 @@ class Param:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"Param: shape {self.shape} has {len(self.shape)} dims but axes {self.axes} names {len(self.axes)}")
+            raise ValueError(f"Param: shape {self.shape} has {len(self.shape)} dims but axes {self.axes} names "
+                             f"{len(self.axes)}")
 
 
 def num_params(specs: tree.Tree, trainable_only: bool = False) -> int:
@@ -70,11 +71,12 @@ def num_params(specs: tree.Tree, trainable_only: bool = False) -> int:
     return sum(math.prod(p.shape) for p in tree.leaves(specs) if p.trainable or not trainable_only)
 
 
-def init(specs: tree.Tree, seed: int = 0, layout: tree.Tree | None = None, device: torch.device | str = "cpu") -> tree.Tree:
+def init(specs: tree.Tree, seed: int = 0, layout: tree.Tree | None = None,
+         device: torch.device | str = "cpu") -> tree.Tree:
     """Draw every leaf: the values depend on `seed`, the leaf's path and shape, and on nothing else (law 7).
 
-    Returns a tree of tensors, or of DTensors placed by `layout` (as `shard(...)` returns it in `.layout`); each rank draws only the
-    rows that it stores. `requires_grad` says trainable.
+    Returns a tree of tensors, or of DTensors placed by `layout` (as `shard(...)` returns it in `.layout`); each rank
+    draws only the rows that it stores. `requires_grad` says trainable.
 
     >>> w = init({"w": Param((2, 2), torch.float32, ("mlp", "embed"), ONES)})["w"]
     >>> w.tolist(), w.requires_grad
@@ -97,10 +99,11 @@ def _placed(path: str, p: Param, place: Place, seed: int) -> torch.Tensor:
 
 
 def draw(path: str, p: Param, seed: int, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-    """The box `[offset, offset + size)` of leaf `path`, drawn on the CPU in blocks of whole rows, each from its own counter.
+    """The box `[offset, offset + size)` of leaf `path`, drawn on the CPU in blocks of whole rows, each from its own
+    counter.
 
-    A block's generator is seeded by (seed, path, first row), so that a rank with rows 1000 to 1999 of a 22 GB leaf draws a little
-    more than those, and gets what one process would have drawn there.
+    A block's generator is seeded by (seed, path, first row), so that a rank with rows 1000 to 1999 of a 22 GB leaf
+    draws a little more than those, and gets what one process would have drawn there.
     """
     if not p.shape:
         return p.init((), _generator(path, seed, 0)).to(p.dtype)

@@ -32,8 +32,8 @@ class TrainState:
     def apply(self, updates: tree.Tree, opt: tree.Tree, extra: Any = None) -> "TrainState":
         """The next state: parameters plus updates (None where frozen), the new optimizer state, one step more."""
         from xtf.optim import apply_updates
-        return replace(self, step=self.step + 1, params=apply_updates(self.params, updates, donate=self.donated), opt=opt,
-                       extra=self.extra if extra is None else extra)
+        return replace(self, step=self.step + 1, params=apply_updates(self.params, updates, donate=self.donated),
+                       opt=opt, extra=self.extra if extra is None else extra)
 
     def poison(self) -> None:
         """Make every later use raise: this state's memory is now the next state's."""
@@ -49,6 +49,7 @@ class _Donated:
 
     def _raise(self, *args: Any, **kwargs: Any) -> Any:
         name = object.__getattribute__(self, "_field")
-        raise RuntimeError(f"TrainState.{name} was donated to a step and overwritten; use the state that the step returned, or jit(donate=False)")
+        raise RuntimeError(f"TrainState.{name} was donated to a step and overwritten; use the state that the step "
+                           "returned, or jit(donate=False)")
 
     __getattribute__ = __getitem__ = __iter__ = __len__ = __int__ = __float__ = __bool__ = __add__ = __radd__ = _raise

@@ -13,8 +13,8 @@ from xtf.ops import Ops
 
 @dataclass(frozen=True)
 class Env:
-    """What a transform's `wrap` may know: the mesh, the token axes, the layout, the dtype that a leaf computes in, and whether that is
-    another than it is stored in for any."""
+    """What a transform's `wrap` may know: the mesh, the token axes, the layout, the dtype that a leaf computes in, and
+    whether that is another than it is stored in for any."""
     mesh: DeviceMesh | None
     tokens: tuple[str, ...]
     layout: Any
@@ -34,9 +34,10 @@ class Transform:
     """A placement rule plus a wrapper of `Ops`. Everything but name and stage has a neutral default.
 
     wrap(ops, env) -> ops; specs(specs) -> specs; claim(param) -> {mesh axis: tensor dim} that it computes over;
-    store: mesh axes it stores leaves over; tokens: mesh axes along which it divides positions; partial(param) -> mesh axes along
-    which a whole leaf still sees different work; cast(leaf) -> the dtype it computes in, or None; step(run) -> run wraps the step.
-    `shard` applies transforms by ascending stage: 0 precision, 10 storage, 20 sequence, 25 experts, 30 weights, 40 remat, 50 jit, 60 overlap.
+    store: mesh axes it stores leaves over; tokens: mesh axes along which it divides positions; partial(param) -> mesh
+    axes along which a whole leaf still sees different work; cast(leaf) -> the dtype it computes in, or None; step(run)
+    -> run wraps the step. `shard` applies transforms by ascending stage: 0 precision, 10 storage, 20 sequence, 25
+    experts, 30 weights, 40 remat, 50 jit, 60 overlap.
     """
     name: str
     stage: int

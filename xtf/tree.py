@@ -1,10 +1,12 @@
 """Trees with readable paths: the few helpers that everything else is written with.
 
-A tree is nested dicts, lists, tuples, named tuples and `dataclass_tree` classes; anything else is a leaf, `None` (a frozen
-parameter's gradient) and `xtf.Param` among them. Paths are keys joined by dots, `layers.0.q.weight`: they name leaves in errors,
-tables and name maps. Where several trees are walked together dicts match by key, in the first one's order.
+A tree is nested dicts, lists, tuples, named tuples and `dataclass_tree` classes; anything else is a leaf, `None` (a
+frozen parameter's gradient) and `xtf.Param` among them. Paths are keys joined by dots, `layers.0.q.weight`: they name
+leaves in errors, tables and name maps. Where several trees are walked together dicts match by key, in the first one's
+order.
 
-The classes are registered with `torch.utils._pytree` too, for torch.func. Its own walks cost ten times as much host time as these.
+The classes are registered with `torch.utils._pytree` too, for torch.func. Its own walks cost ten times as much host
+time as these.
 """
 import dataclasses
 import functools
@@ -92,14 +94,16 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
     {'a': {'b': 'a.b=1'}}
     """
-    return _build(tree, iter([fn(path, *xs) for (path, _), xs in zip(_walk("", tree), zip_leaves(tree, *rest), strict=True)]))
+    return _build(tree,
+                  iter([fn(path, *xs) for (path, _), xs in zip(_walk("", tree), zip_leaves(tree, *rest), strict=True)]))
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def dataclass_tree(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass that is a tree; fields with `metadata={"static": True}` are kept, not mapped.
 
-    Static fields travel in torch's flatten context, because its `register_dataclass` with dropped fields resets them silently.
+    Static fields travel in torch's flatten context, because its `register_dataclass` with dropped fields resets them
+    silently.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"benchmarks/{script}.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run([sys.executable, f"benchmarks/{script}.py", *map(str, flags)], cwd=ROOT, capture_output=True,
+                          text=True, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def check_cpu(report: dict) -> None:
@@ -24,9 +24,11 @@ def check_cpu(report: dict) -> None:
         for r in group["rows"]:
             assert "failed" not in r, r
             assert len(r["seconds"]) == len(r["cpu_seconds"]) and min(r["seconds"]) > 0 and 0 < r["of_peak"] < 1
-        # One set of weights, one batch: what float32 sums in any order agrees to 1e-6 or so, what bf16 rounds to its eps of 2^-8.
+        # One set of weights, one batch: what float32 sums in any order agrees to 1e-6 or so, what bf16 rounds to its
+        # eps of 2^-8.
         assert group["loss_spread"] < (1e-5 if group["rows"][0]["dtype"] == "fp32" else 2 ** -8)
-        assert group["compared"] and all(math.isfinite(c["speed"]) and c["speed"] > 0 for c in group["compared"].values())
+        assert group["compared"] and all(math.isfinite(c["speed"]) and c["speed"] > 0
+                                         for c in group["compared"].values())
         assert group["rows"][0]["first_loss"] == pytest.approx(math.log(group["shape"]["vocab"]), rel=0.1)
     assert all(r["memory"]["tensors"] > 0 for r in report["groups"][0]["rows"])
 
@@ -46,13 +48,15 @@ def test_gpu_rehearsal(tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads((tmp_path / "gpu.json").read_text())
     distance = {(r["products"], r["what"]): r for r in report["parity"]}
-    # A float32 product is off by about 6e-8 times the square root of its terms, a dozen follow each other; bf16 rounds 2^16 times as much.
+    # A float32 product is off by about 6e-8 times the square root of its terms, a dozen follow each other; bf16 rounds
+    # 2^16 times as much.
     assert 0 < distance["fp32", "logits"]["ours"] < 5e-6 and 0 < distance["fp32", "gradients"]["ours"] < 5e-6
     assert 5e-4 < distance["bf16", "logits"]["ours"] < 5e-2
     assert all(r["ok"] for r in report["parity"])
     curves = [r["losses"] for r in report["training"]]
     assert len(curves) >= 4 and all(len(c) == len(curves[0]) for c in curves)
-    for step in zip(*curves, strict=True):                       # 23 steps at 1e-4 move each weight by 2e-3 at most; bf16 rounds losses to 2^-9
+    # 23 steps at 1e-4 move each weight by 2e-3 at most; bf16 rounds losses to 2^-9
+    for step in zip(*curves, strict=True):
         assert max(step) - min(step) < 2 ** -8 * max(step)
 
 

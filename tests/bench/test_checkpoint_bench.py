@@ -1,4 +1,5 @@
-"""The comparison with torch.distributed.checkpoint runs, and restores on both sides what was saved (it asserts that itself)."""
+"""The comparison with torch.distributed.checkpoint runs, and restores on both sides what was saved (it asserts that
+itself)."""
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_small(tmp_path):
     flags = ["--small", "--rounds", "2", "--ranks", "2", "--folder", tmp_path, "--out", tmp_path / "out.json"]
-    done = subprocess.run([sys.executable, "benchmarks/checkpoint.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "benchmarks/checkpoint.py", *map(str, flags)], cwd=ROOT, capture_output=True,
+                          text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(r["ranks"], r["what"]) for r in report["rows"]] == [(2, what) for what in ("save", "restore", "stall")]

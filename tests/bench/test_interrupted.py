@@ -16,8 +16,10 @@ def test_the_interrupted_curve_lies_on_the_other(tmp_path):
 def test_experts_killed_and_moved(tmp_path, family):
     """200 steps on real text on dp=2,ep=2, killed half way and moved to ep=4: the curve of one process.
 
-    In float64: in float32 a rounding now and then sends a token to another expert, and from there on two right runs part.
+    In float64: in float32 a rounding now and then sends a token to another expert, and from there on two right runs
+    part.
     """
-    result = interrupted.main([str(tmp_path), "--family", family, "--steps", "200", "--threads", "1", "--dtype", "fp64"])
+    result = interrupted.main([str(tmp_path), "--family", family, "--steps", "200", "--threads", "1", "--dtype",
+                               "fp64"])
     assert result["loss"] < 1e-8 and result["eval_loss"] < 1e-8
     assert result["last"] < 0.9 * result["first"]

@@ -25,15 +25,19 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 def bits(shape, dtype, seed):
     """Any bit pattern: NaNs of every kind, -0.0, denormals."""
-    raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8,
+                        generator=torch.Generator().manual_seed(seed))
     return (raw[..., 0] > 127) if dtype is torch.bool else raw.view(dtype).reshape(shape)
 
 
 def state_of(seed, rows=300):
-    params = {"layers": [{"w": bits((rows, 40), torch.float32, seed).requires_grad_()}, {"w": bits((3,), torch.bfloat16, seed + 1)}],
+    params = {"layers": [{"w": bits((rows, 40), torch.float32, seed).requires_grad_()},
+                         {"w": bits((3,), torch.bfloat16, seed + 1)}],
               "empty": torch.zeros(0, 3)}
-    state = xtf.TrainState.create(params, opt=({"mu": {"layers": [None, bits((3,), torch.float32, seed)]}}, (), None), extra={}, seed=seed)
-    return tree.tree_map(lambda x: x, xtf.TrainState(state.step, state.params, state.opt, state.extra, state.key, donated=True))
+    state = xtf.TrainState.create(params, opt=({"mu": {"layers": [None, bits((3,), torch.float32, seed)]}}, (), None),
+                                  extra={}, seed=seed)
+    return tree.tree_map(lambda x: x,
+                         xtf.TrainState(state.step, state.params, state.opt, state.extra, state.key, donated=True))
 
 
 def same(a, b):
@@ -45,7 +49,8 @@ def raw(x):
 
 
 def blank(state):
-    return tree.tree_map(lambda x: None if x is None else torch.empty_like(x).zero_().requires_grad_(x.requires_grad), state)
+    return tree.tree_map(lambda x: None if x is None else torch.empty_like(x).zero_().requires_grad_(x.requires_grad),
+                         state)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +81,10 @@ def test_params_alone(saved):
         restore_params(saved.parent, {"w": torch.ones(1)})
 
 
-@given(leaves=st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.sampled_from([0, 1, 2, 3, 5, 17, 64]), max_size=3).map(tuple)),
-                       min_size=1, max_size=8), chunk=st.sampled_from([1, 64, 1000, 1 << 24]), seed=st.integers(0, 1 << 30))
+@given(leaves=st.lists(st.tuples(st.sampled_from(DTYPES),
+                                 st.lists(st.sampled_from([0, 1, 2, 3, 5, 17, 64]), max_size=3).map(tuple)),
+                       min_size=1, max_size=8), chunk=st.sampled_from([1, 64, 1000, 1 << 24]),
+       seed=st.integers(0, 1 << 30))
 @settings(max_examples=12)
 def test_law_6_on_one_process(tmp_path_factory, leaves, chunk, seed):
     state = {"a": [bits(shape, dtype, seed + i) for i, (dtype, shape) in enumerate(leaves)], "b": (None, {})}
@@ -91,9 +98,10 @@ def test_law_6_on_one_process(tmp_path_factory, leaves, chunk, seed):
 def test_what_is_kept(tmp_path):
     loss = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 2.5, 6: 9.0, 7: 8.0}
     for i in loss:
-        with Checkpoints(tmp_path, keep=2, keep_every=4, best="eval_loss") as checkpoints:      # each time anew: retention survives a restart
+        # each time anew: retention survives a restart
+        with Checkpoints(tmp_path, keep=2, keep_every=4, best="eval_loss") as checkpoints:
             checkpoints.save(i, {"w": torch.tensor(i)}, {}, {"eval_loss": loss[i], "other": -1.0} if i != 5 else None)
-    assert checkpoint.steps(tmp_path) == [2, 4, 6, 7]                                            # best; a multiple of four; the last two
+    assert checkpoint.steps(tmp_path) == [2, 4, 6, 7]  # best; a multiple of four; the last two
     assert int(restore_params(tmp_path / "2", torch.tensor(0), "w")) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "2", "4", "6", "7"]
 
@@ -125,7 +133,8 @@ def test_an_async_save_is_of_what_was(tmp_path, monkeypatch):
 @given(data=st.data())
 @settings(max_examples=150)
 def test_damage_is_never_silent(saved, data):
-    """Flip a bit or cut the tail off any file: restore names the checkpoint, or the file did not matter and every bit is right."""
+    """Flip a bit or cut the tail off any file: restore names the checkpoint, or the file did not matter and every bit
+    is right."""
     files = sorted(p for p in (saved / "7").rglob("*") if p.is_file())
     file = data.draw(st.sampled_from(files))
     before = file.read_bytes()
@@ -150,7 +159,9 @@ def test_damage_names_the_leaf_or_the_file(saved):
     for after in (before[:1000] + bytes([before[1000] ^ 4]) + before[1001:], before[:len(before) // 2], None):
         try:
             big.unlink() if after is None else big.write_bytes(after)
-            with Checkpoints(saved) as checkpoints, pytest.raises(OSError, match=r"7/state: the values of params\.layers\.0\.w are damaged or gone"):
+            with Checkpoints(saved) as checkpoints, pytest.raises(OSError,
+                                                                  match=r"7/state: the values of params\.layers\.0\.w "
+                                                                        r"are damaged or gone"):
                 checkpoints.restore(blank(state_of(1)))
         finally:
             big.write_bytes(before)
@@ -158,7 +169,8 @@ def test_damage_names_the_leaf_or_the_file(saved):
     before = cursor.read_bytes()
     try:
         cursor.write_bytes(before.replace(b"0.1", b"0.2"))
-        with Checkpoints(saved) as checkpoints, pytest.raises(OSError, match=r"7/data/metadata: damaged or gone.*checksum"):
+        with Checkpoints(saved) as checkpoints, pytest.raises(OSError,
+                                                              match=r"7/data/metadata: damaged or gone.*checksum"):
             checkpoints.restore(blank(state_of(1)))
     finally:
         cursor.write_bytes(before)
@@ -193,8 +205,10 @@ def test_another_model_is_named_and_nothing_is_overwritten(saved):
 
 @pytest.mark.parametrize("state, words", [
     ({"a.b": torch.ones(1), "a": {"b": torch.ones(2)}}, r"a\.b is the path of two leaves"),
-    ({"a/b": torch.ones(1)}, "a/b cannot name an array"), (torch.ones(1), "without a path"), ({"a": None}, "no tensors"),
-    ({"a": 3.5}, "a is float"), ({"a": torch.ones(2, device="meta")}, "a is a meta tensor"), ({"a": torch.eye(2).to_sparse()}, "sparse")])
+    ({"a/b": torch.ones(1)}, "a/b cannot name an array"), (torch.ones(1), "without a path"),
+    ({"a": None}, "no tensors"),
+    ({"a": 3.5}, "a is float"), ({"a": torch.ones(2, device="meta")}, "a is a meta tensor"),
+    ({"a": torch.eye(2).to_sparse()}, "sparse")])
 def test_what_cannot_be_saved_is_named(tmp_path, state, words):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match=words):
@@ -213,13 +227,14 @@ def test_data_that_json_would_change_is_refused(tmp_path, data):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_disk_full(tmp_path, background):
-    """The system refuses to write; the error says where, the space is given back, the step before is intact and the next one works."""
+    """The system refuses to write; the error says where, the space is given back, the step before is intact and the
+    next one works."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     state = {"w": torch.randn(100_000)}
     with Checkpoints(tmp_path, background=background) as checkpoints:
         checkpoints.save(1, state, {"step": 1})
         checkpoints.wait()
-        for limit in (100_000, 300):                                     # the arrays do not fit; Orbax's own files do not fit either
+        for limit in (100_000, 300):  # the arrays do not fit; Orbax's own files do not fit either
             try:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
                 with pytest.raises(OSError, match=f"{tmp_path}.*") as e:
@@ -261,8 +276,9 @@ def test_one_writer_at_a_time(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as first, Checkpoints(tmp_path) as second:
         first.save(1, state, {})
         first.wait()
-        assert second.latest() == 1 and same(second.restore({"w": torch.zeros(1)})[0], state)     # reading needs no lock
-        with pytest.raises(OSError, match=f"{tmp_path}: another run writes checkpoints here .process {os.getpid()} on "):
+        assert second.latest() == 1 and same(second.restore({"w": torch.zeros(1)})[0], state)  # reading needs no lock
+        with pytest.raises(OSError,
+                           match=f"{tmp_path}: another run writes checkpoints here .process {os.getpid()} on "):
             second.save(2, state, {})
         first.close()
         second.save(2, state, {})
@@ -355,16 +371,19 @@ def killed(folder, moments, delays):
 
 
 def test_killed_at_any_moment(tmp_path):
-    """Whatever is listed afterwards is whole, bit for bit; the rest is swept at the next start; no checkpoint is lost."""
+    """Whatever is listed afterwards is whole, bit for bit; the rest is swept at the next start; no checkpoint is
+    lost."""
     rng = random.Random(0)
-    died, newest = killed(tmp_path, [rng.randrange(low, low + 16) for low in range(1, 193, 16)], [rng.uniform(0.0, 0.3) for _ in range(3)])
+    died, newest = killed(tmp_path, [rng.randrange(low, low + 16) for low in range(1, 193, 16)],
+                          [rng.uniform(0.0, 0.3) for _ in range(3)])
     assert died >= 13 and newest > 6
 
 
 @pytest.mark.slow
 def test_killed_at_every_moment(tmp_path):
-    rng = random.Random(1)                                               # in any order: rising, each would die before it retires a step, and
-    died, newest = killed(tmp_path, rng.sample(range(1, 250), 249), [rng.uniform(0.0, 0.5) for _ in range(100)])   # the folder only grow
+    rng = random.Random(1)  # in any order: rising, each would die before it retires a step, and
+    # the folder only grow
+    died, newest = killed(tmp_path, rng.sample(range(1, 250), 249), [rng.uniform(0.0, 0.5) for _ in range(100)])
     assert died >= 300 and newest > 200
 
 
@@ -376,7 +395,8 @@ def test_neither_import_nor_restore_imports_jax(saved):
         with xtf.checkpoint.Checkpoints(sys.argv[1]) as checkpoints:
             print(checkpoints.steps(), there("jax", "orbax"))
         print(int(xtf.checkpoint.restore_params(sys.argv[1], torch.tensor(0), "key")), there("jax", "orbax"))"""
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=False,
+                          cwd=ROOT)
     assert done.stdout.split("\n") == ["[]", "[7] []", "1 []", ""], done.stderr
 
 

@@ -1,4 +1,5 @@
-"""What xtf.checkpoint relies on in orbax-checkpoint 0.12.8, and what JAX, Orbax and tensorstore find in a checkpoint of ours."""
+"""What xtf.checkpoint relies on in orbax-checkpoint 0.12.8, and what JAX, Orbax and tensorstore find in a checkpoint of
+ours."""
 import dataclasses
 import inspect
 import json
@@ -17,8 +18,10 @@ from xtf import checkpoint, tree
 from xtf.checkpoint import Checkpoints, orbax, restore_params, tensorstore
 from xtf.checkpoint.checkpoints import RETIRED, TMP
 
-STATE = {"params": {"layers": [{"w": torch.arange(12.0).reshape(3, 4)}, {"w": torch.tensor([1.5, -0.0]).bfloat16()}], "none": None},
-         "opt": (torch.tensor(3), ()), "flags": torch.tensor([True, False]), "codes": torch.arange(-3, 3, dtype=torch.int8)}
+STATE = {"params": {"layers": [{"w": torch.arange(12.0).reshape(3, 4)}, {"w": torch.tensor([1.5, -0.0]).bfloat16()}],
+                    "none": None},
+         "opt": (torch.tensor(3), ()), "flags": torch.tensor([True, False]),
+         "codes": torch.arange(-3, 3, dtype=torch.int8)}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,8 @@ def saved(tmp_path_factory):
 
 def without_torch(code, *args):
     """Run code in a process where torch cannot be imported."""
-    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['torch'] = None\n" + inspect.cleandoc(code), *map(str, args)],
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.modules['torch'] = None\n" + inspect.cleandoc(code),
+                           *map(str, args)],
                           capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -57,8 +61,8 @@ def test_jax_reads_ours(saved):
             print(w.dtype, w.tolist(), v.dtype, v.astype("float32").tolist(), int(step), tree["flags"].tolist(), tree["codes"].dtype,
                   tree["codes"].tolist(), tree["params"]["none"], tree["opt"][1])""", saved)
     first, second = out.splitlines()
-    assert first == second == ("float32 [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0, 10.0, 11.0]] bfloat16 [1.5, -0.0] 3 [True, False] "
-                               "int8 [-3, -2, -1, 0, 1, 2] None []")
+    assert first == second == ("float32 [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0, 10.0, 11.0]] bfloat16 "
+                               "[1.5, -0.0] 3 [True, False] int8 [-3, -2, -1, 0, 1, 2] None []")
 
 
 def test_tensorstore_alone_reads_ours(saved):
@@ -99,13 +103,16 @@ class Spy:
 
         async def write(where):
             self.calls.append((where, sorted(p.name for p in folder.iterdir())))
-        self.manager = ocp.CheckpointManager(folder, item_handlers={"state": orbax.handler(write), "data": ocp.JsonCheckpointHandler()},
-                                             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
+        self.manager = ocp.CheckpointManager(folder, item_handlers={"state": orbax.handler(write),
+                                                                    "data": ocp.JsonCheckpointHandler()},
+                                             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False,
+                                                                                  **options))
 
     def save(self, step):
         leaf = tensorstore.Leaf
-        self.manager.save(step, force=True, args=ocp.args.Composite(state=ocp.args.PyTreeSave({"a": leaf(), "b": [leaf(), None]}),
-                                                                    data=ocp.args.JsonSave({"x": 1})))
+        self.manager.save(step, force=True,
+                          args=ocp.args.Composite(state=ocp.args.PyTreeSave({"a": leaf(), "b": [leaf(), None]}),
+                                                  data=ocp.args.JsonSave({"x": 1})))
 
 
 def test_the_writer_is_called_once_in_a_temporary_folder_that_is_there(tmp_path):
@@ -113,7 +120,8 @@ def test_the_writer_is_called_once_in_a_temporary_folder_that_is_there(tmp_path)
     spy.save(3)
     (where, names), = spy.calls
     assert where.is_relative_to(tmp_path / f"3{TMP}") and where.name.startswith("state") and names == [f"3{TMP}"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"] and json.loads((tmp_path / "3" / "data" / "metadata").read_text()) == {"x": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"] and json.loads((tmp_path / "3" / "data"
+                                                                               / "metadata").read_text()) == {"x": 1}
 
 
 def test_an_error_of_the_writer_arrives_as_it_is_and_nothing_gets_a_name(tmp_path):
@@ -142,7 +150,8 @@ def test_old_steps_leave_by_a_rename_after_the_new_one_has_its_name(tmp_path, mo
 
 
 def test_all_is_synced_before_the_name_and_the_name_before_anything_is_retired(tmp_path, monkeypatch):
-    """Each of Python's files is synced after its last write and before the rename; then the directory; then old steps go."""
+    """Each of Python's files is synced after its last write and before the rename; then the directory; then old steps
+    go."""
     log = []
     sync, rename = orbax._sync, os.rename
     monkeypatch.setattr(orbax, "_sync", lambda path: (log.append(("sync", Path(path))), sync(path))[1])
@@ -152,7 +161,8 @@ def test_all_is_synced_before_the_name_and_the_name_before_anything_is_retired(t
         log.clear()
         checkpoints.save(2, STATE, {})
     named = log.index(("rename", tmp_path / "2"))
-    synced = {path.relative_to(tmp_path / "2.orbax-checkpoint-tmp") for what, path in log[:named] if what == "sync" and "2.orbax" in str(path)}
+    synced = {path.relative_to(tmp_path / "2.orbax-checkpoint-tmp") for what, path in log[:named] if what == "sync"
+              and "2.orbax" in str(path)}
     needed = {p.relative_to(tmp_path / "2") for p in (tmp_path / "2").rglob("*") if p.name != "commit_success.txt"}
     assert needed <= synced, needed - synced
     assert log[named + 1] == ("sync", tmp_path)
@@ -161,10 +171,12 @@ def test_all_is_synced_before_the_name_and_the_name_before_anything_is_retired(t
 def test_names_and_signatures():
     """Public names, and options by name, so that another version fails here first."""
     options = {f.name for f in dataclasses.fields(ocp.CheckpointManagerOptions)}
-    assert options >= {"preservation_policy", "best_fn", "best_mode", "enable_async_checkpointing", "todelete_subdir", "temporary_path_class"}
+    assert options >= {"preservation_policy", "best_fn", "best_mode", "enable_async_checkpointing", "todelete_subdir",
+                       "temporary_path_class"}
     assert issubclass(orbax.durable(), ocp.path.atomicity.AtomicRenameTemporaryPath)
     policies = ocp.checkpoint_managers
-    infos = [type("Info", (), {"step": i, "metrics": m})() for i, m in ((1, {"x": 3.0}), (2, {"x": 1.0}), (3, None), (4, {"x": 2.0}))]
+    infos = [type("Info", (), {"step": i, "metrics": m})()
+             for i, m in ((1, {"x": 3.0}), (2, {"x": 1.0}), (3, None), (4, {"x": 2.0}))]
     keep = lambda policy: policy.should_preserve(infos, context=None)
     assert keep(policies.LatestN(1)) == [False, False, False, True] and keep(policies.EveryNSteps(2)) == [False, True, False, True]
     best = policies.BestN(get_metric_fn=lambda m: m["x"], reverse=True, n=1, keep_checkpoints_without_metrics=False)

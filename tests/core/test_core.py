@@ -23,7 +23,8 @@ from xtf.transforms import bf16, jit, remat
 
 def batch(P=2, T=4):
     ids = torch.arange(P * T).view(P, T) % outsider.V
-    return Batch(ids, ids.roll(-1, 1), torch.ones(P, T), torch.arange(T).expand(P, T), torch.tensor([[0, T, T]] * P, dtype=torch.int32))
+    return Batch(ids, ids.roll(-1, 1), torch.ones(P, T), torch.arange(T).expand(P, T),
+                 torch.tensor([[0, T, T]] * P, dtype=torch.int32))
 
 
 def fresh(specs=None, dtype=torch.float64):
@@ -47,7 +48,8 @@ def test_a_drawn_box_is_the_box_of_the_whole_leaf(shape, seed, data):
     offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
     size = tuple(data.draw(st.integers(1, n - o)) for n, o in zip(shape, offset, strict=True))
     whole = draw("leaf", p, seed, (0,) * len(shape), shape)
-    assert torch.equal(draw("leaf", p, seed, offset, size), whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))])
+    assert torch.equal(draw("leaf", p, seed, offset, size),
+                       whole[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))])
     assert not torch.equal(whole, draw("other", p, seed, (0,) * len(shape), shape))
 
 
@@ -88,7 +90,8 @@ def test_frozen_leaves_have_none_and_untouched_ones_zeros():
 
 
 def test_gradients_own_their_memory():
-    """Autograd gives `a + b` one gradient, `cat` overlapping views and `sum` an expanded scalar; micro-batches are added in place."""
+    """Autograd gives `a + b` one gradient, `cat` overlapping views and `sum` an expanded scalar; micro-batches are
+    added in place."""
     params = {k: torch.full((4,), 0.5, requires_grad=True) for k in "abcd"}
 
     def share(p, x, ops):
@@ -96,7 +99,8 @@ def test_gradients_own_their_memory():
         return ((p["a"] + p["b"]) * x).sum() + joined.sum() + (joined * torch.arange(8.0)).sum()
     x = torch.arange(8.0).view(2, 4)
     _, grads = xtf.microbatch(xtf.value_and_grad(share), 2)(params, x)
-    assert len({g.untyped_storage().data_ptr() + g.storage_offset() for g in grads.values()}) == 4 and all(g.is_contiguous() for g in grads.values())
+    assert len({g.untyped_storage().data_ptr() + g.storage_offset()
+                for g in grads.values()}) == 4 and all(g.is_contiguous() for g in grads.values())
     assert grads["a"].tolist() == grads["b"].tolist() == x.sum(0).tolist()
     assert grads["c"].tolist() == [2, 4, 6, 8] and grads["d"].tolist() == [10, 12, 14, 16]
     grads["a"].zero_()
@@ -135,7 +139,8 @@ def test_a_block_that_returns_no_pair_raises():
 
 
 def test_scan_carries_xs_in_and_ys_out():
-    x, ys = xtf.LOCAL.scan(lambda p, x, s, xs: (x + p["b"] * xs * s, x), [{"b": 1.0}, {"b": 2.0}], torch.zeros(1), 10.0, xs=[1, 3])
+    x, ys = xtf.LOCAL.scan(lambda p, x, s, xs: (x + p["b"] * xs * s, x), [{"b": 1.0}, {"b": 2.0}], torch.zeros(1), 10.0,
+                           xs=[1, 3])
     assert x.item() == 70 and [y.item() for y in ys] == [0, 10]
 
 
@@ -153,7 +158,9 @@ def test_donation_poisons_the_old_state_and_changes_nothing_else():
     assert torch.equal(la["loss"], lb["loss"]) and b.params["embed"]["weight"].data_ptr() == memory
     tree.tree_map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), a.params, b.params)
     for touch in (lambda: old.params["embed"], lambda: int(old.step), lambda: donated(old, batch()), lambda: tree.tree_map(torch.clone, old)):
-        with pytest.raises(RuntimeError, match=r"TrainState\.\w+ was donated to a step and overwritten; use the state that the step returned"):
+        with pytest.raises(RuntimeError,
+                           match=r"TrainState\.\w+ was donated to a step and overwritten; use the state that the step "
+                                 r"returned"):
             touch()
 
 
@@ -188,14 +195,16 @@ def test_errors_of_shard_and_mesh():
 def _errors():
     specs, out = outsider.specs(), []
     m = shared_mesh((("sp", 2),))
-    claim = lambda name, axis="heads": xtf.Transform(name, 15, claim=lambda p: {"sp": p.axes.index(axis)} if axis in p.axes else {})
+    claim = lambda name, axis="heads": xtf.Transform(name, 15, claim=lambda p: {"sp": p.axes.index(axis)}
+                                                     if axis in p.axes else {})
     state = xtf.TrainState.create(xtf.init(specs, 0, xtf.shard(outsider.step, specs=specs, mesh=m).layout), ())
     for attempt in (lambda: xtf.shard(outsider.step, claim("tp"), claim("mine"), specs=specs, mesh=m),
                     lambda: xtf.shard(outsider.step, claim("tp", "vocab"), specs=specs, mesh=m),
                     lambda: xtf.mesh(dp=3),
                     lambda: xtf.shard(outsider.step, ulysses("sp"), specs=specs, mesh=m)(state, batch(1, 3)),
                     lambda: cut(batch(1, 3), m),
-                    lambda: outsider.block(state.params["layers"][0], torch.ones(1, 4, 8, dtype=torch.float64), None, xtf.LOCAL)):
+                    lambda: outsider.block(state.params["layers"][0], torch.ones(1, 4, 8, dtype=torch.float64), None,
+                                           xtf.LOCAL)):
         try:
             attempt()
             out.append("nothing raised")
@@ -211,14 +220,15 @@ def test_errors_that_need_ranks():
     assert "dp=3 needs 3 ranks, but 2 were started" in size
     assert "ulysses: sp=2 does not divide 3 positions" in positions
     assert "3 positions do not divide over the 2 ranks of sp=2" in loader
-    assert "mixed torch.Tensor and DTensor" in mixed                       # a model that touches a stored leaf: torch's own error
+    assert "mixed torch.Tensor and DTensor" in mixed  # a model that touches a stored leaf: torch's own error
 
 
 def _heads():
     m = shared_mesh((("sp", 4),))
     ops = xtf.shard(outsider.step, ulysses("sp"), specs=outsider.specs(), mesh=m).ops
     try:
-        ops.attend(torch.ones(1, 2, 6, 2), torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, 2), segments=torch.tensor([[0, 8]], dtype=torch.int32))
+        ops.attend(torch.ones(1, 2, 6, 2), torch.ones(1, 2, 2, 2), torch.ones(1, 2, 2, 2),
+                   segments=torch.tensor([[0, 8]], dtype=torch.int32))
     except ValueError as e:
         return str(e)
 
@@ -294,7 +304,8 @@ def test_products_in_bf16_without_such_instructions(monkeypatch):
 
 
 def test_one_process_casts_a_block_at_a_time():
-    """With fsdp the bf16 copies of one block are alive, forward and backward; numbers are those of casting everything."""
+    """With fsdp the bf16 copies of one block are alive, forward and backward; numbers are those of casting
+    everything."""
     specs = outsider.specs(torch.float32)
     state, metrics = xtf.shard(outsider.step, bf16(), specs=specs)(fresh(specs), batch())
     for more, alive in (((fsdp("dp"),), 1), ((fsdp("dp"), remat()), 1), ((fsdp("dp", reshard=False),), outsider.L + 2)):
@@ -308,9 +319,11 @@ def test_one_process_casts_a_block_at_a_time():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_norms_of_large_leaves_are_exact(dtype):
-    """torch's own is off by 9e-5 here, and differently for every way to cut the leaf; ours has to be ten times as near."""
+    """torch's own is off by 9e-5 here, and differently for every way to cut the leaf; ours has to be ten times as
+    near."""
     leaf = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(1e-3).to(dtype)
     norms = leaf_norms([leaf, leaf[:7], leaf.view(2048, 2048).T])
     want = [x.double().norm() for x in (leaf, leaf[:7], leaf)]
     ours = max(abs(a / b - 1).item() for a, b in zip(norms, want, strict=True))
-    assert ours < 0.1 * abs(torch.linalg.vector_norm(leaf.float()).item() / want[0].item() - 1) or (dtype is torch.float64 and ours < 1e-14)
+    assert ours < 0.1 * abs(torch.linalg.vector_norm(leaf.float()).item() / want[0].item()
+                            - 1) or (dtype is torch.float64 and ours < 1e-14)

@@ -12,7 +12,8 @@ from xtf import device
 
 def run(script: str, **env: str) -> str:
     """A process of its own: what it sets cannot be taken back."""
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, env=os.environ | env).stdout
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True,
+                          env=os.environ | env).stdout
 
 
 def test_peak_is_what_a_product_reaches():
@@ -21,7 +22,7 @@ def test_peak_is_what_a_product_reaches():
     assert device.peak_flops(torch.float8_e4m3fn) == 2 * device.peak_flops(torch.bfloat16)
     a = torch.randn(512, 512, device=device.device())
     seconds = min(timeit.repeat(lambda: (a @ a, device.synchronize()), number=4, repeat=5)) / 4
-    assert 0.1 < 2 * 512**3 / seconds / peak < 10                          # the right order, on a machine that others use too
+    assert 0.1 < 2 * 512**3 / seconds / peak < 10  # the right order, on a machine that others use too
 
 
 def test_datasheet_names_are_told_apart(monkeypatch):
@@ -66,7 +67,8 @@ def test_process_group_from_torchrun_variables():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     script = "from xtf import device; import torch.distributed as d; print(*device.init_process_group(), d.get_backend()); d.destroy_process_group()"
-    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port)}
     assert run(script, **env).split() == ["0", "1", device.backend()]
 
 

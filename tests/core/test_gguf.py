@@ -1,4 +1,5 @@
-"""GGUF in: tiny files written here with gguf's own writer, against the transformers models that their tensors came from."""
+"""GGUF in: tiny files written here with gguf's own writer, against the transformers models that their tensors came
+from."""
 import json
 
 import gguf as ggml
@@ -16,17 +17,19 @@ from xtf import gguf
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
-TEXT = ["It's 2024, and  12 dogs ran; they'll RUN\n\n  again!", "naïve café – 北京 e\u0301", " a b", "don't 'S 1234567", "\t x\r\n"]
+TEXT = ["It's 2024, and  12 dogs ran; they'll RUN\n\n  again!", "naïve café – 北京 e\u0301", " a b", "don't 'S 1234567",
+        "\t x\r\n"]
 Q8, F16, F32, BF16 = (ggml.GGMLQuantizationType[n] for n in ("Q8_0", "F16", "F32", "BF16"))
 
 
 def model(kind, **kwargs):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-             "vocab_size": 320, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e4, "eos_token_id": 2, "bos_token_id": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 320, "max_position_embeddings": 128,
+             "rms_norm_eps": 1e-5, "rope_theta": 5e4, "eos_token_id": 2, "bos_token_id": 1}
     config, cls = (getattr(transformers, kind.capitalize() + name) for name in ("Config", "ForCausalLM"))
     if kind == "qwen2":
-        sizes["head_dim"] = 16                                           # its attention has hidden / heads whatever one says
+        sizes["head_dim"] = 16  # its attention has hidden / heads whatever one says
     made = cls(config(**sizes | kwargs))
     for name, p in made.named_parameters():
         if "norm" in name or "bias" in name:                             # else ones and zeros, which hide mistakes
@@ -40,7 +43,8 @@ def vocabulary(split=None):
     """Byte-level BPE trained on a few words: (tokens, merges, the trained tokenizer)."""
     tok = Tokenizer(BPE())
     tok.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator(TEXT * 3, BpeTrainer(vocab_size=310, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    tok.train_from_iterator(TEXT * 3, BpeTrainer(vocab_size=310, special_tokens=SPECIAL,
+                                                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
                                                  show_progress=False))
     bpe = json.loads(tok.to_str())["model"]
     return sorted(bpe["vocab"], key=bpe["vocab"].get), [" ".join(m) for m in bpe["merges"]], tok
@@ -53,7 +57,8 @@ def interleave(w, heads):
 
 
 def write(path, made, types=(F32,), extra=(), pre="gpt-2", tokens=None, change=None):
-    """`made` as a GGUF file; matrices take the given types in turn. Returns the values that the file holds, by Hugging Face name."""
+    """`made` as a GGUF file; matrices take the given types in turn. Returns the values that the file holds, by Hugging
+    Face name."""
     c, state, held = made.config, made.state_dict(), {}
     kind = c.model_type
     w = ggml.GGUFWriter(path, kind)
@@ -80,7 +85,8 @@ def write(path, made, types=(F32,), extra=(), pre="gpt-2", tokens=None, change=N
         type_ = types[i % len(types)] if x.ndim == 2 else F32
         data = ggml.quants.quantize(interleave(x, heads) if permuted else x, type_)
         w.add_tensor(stored, data, raw_dtype=type_)
-        held[name] = ggml.quants.dequantize(ggml.quants.quantize(x, type_), type_)    # rows are quantised one by one: their order is free
+        # rows are quantised one by one: their order is free
+        held[name] = ggml.quants.dequantize(ggml.quants.quantize(x, type_), type_)
     for name, x in extra:
         w.add_tensor(name, x)
     tokens, merges, _ = tokens or vocabulary()
@@ -105,8 +111,10 @@ def write(path, made, types=(F32,), extra=(), pre="gpt-2", tokens=None, change=N
 @pytest.mark.parametrize(("kind", "kwargs"), [
     ("llama", {"tie_word_embeddings": True}), ("llama", {"attention_bias": True}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-    ("qwen2", {"tie_word_embeddings": False}), ("qwen3", {"tie_word_embeddings": True}), ("qwen3", {"attention_bias": True}),
-    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}}),
+    ("qwen2", {"tie_word_embeddings": False}), ("qwen3", {"tie_word_embeddings": True}),
+    ("qwen3", {"attention_bias": True}),
+    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
+                                   "original_max_position_embeddings": 64}}),
 ])
 def test_the_directory_is_the_model(tmp_path, kind, kwargs):
     """Bit for bit the values that the file holds, and the logits of the model with these values."""
@@ -125,17 +133,19 @@ def test_the_directory_is_the_model(tmp_path, kind, kwargs):
     assert type(got) is type(made) and got.dtype == torch.float32
     state = got.state_dict()
     assert all(np.array_equal(state[n].numpy(), x) for n, x in held.items())
-    made.load_state_dict({n: torch.from_numpy(np.array(x)) for n, x in held.items()}, strict=not made.config.tie_word_embeddings)
+    made.load_state_dict({n: torch.from_numpy(np.array(x)) for n, x in held.items()},
+                         strict=not made.config.tie_word_embeddings)
     ids = torch.randint(320, (2, 100))
     torch.testing.assert_close(got(ids).logits, made(ids).logits, rtol=0, atol=0)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["rms_norm_eps"], config["tie_word_embeddings"], config["pad_token_id"]) == (1e-5, made.config.tie_word_embeddings, 0)
+    assert (config["rms_norm_eps"], config["tie_word_embeddings"],
+            config["pad_token_id"]) == (1e-5, made.config.tie_word_embeddings, 0)
 
 
 def test_llama3_rope(tmp_path):
     """llama.cpp keeps one divisor a frequency; the parameters come back."""
-    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-            "rope_theta": 5e5}
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192, "rope_theta": 5e5}
     made = model("llama", rope_parameters=rope, max_position_embeddings=131072)
     plain = 1 / 5e5 ** (torch.arange(0, 32, 2) / 32)
     divisors = (plain / made.model.rotary_emb.inv_freq).numpy()
@@ -154,10 +164,13 @@ QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
 def test_tokenizer(tmp_path, pre):
-    """The same ids as the tokenizer that the vocabulary was trained with, read back by AutoTokenizer; specials stay whole."""
-    parts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)], "qwen2": [pre_tokenizers.Split(Regex(QWEN), "isolated")],
+    """The same ids as the tokenizer that the vocabulary was trained with, read back by AutoTokenizer; specials stay
+    whole."""
+    parts = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)],
+             "qwen2": [pre_tokenizers.Split(Regex(QWEN), "isolated")],
              "llama-bpe": [pre_tokenizers.Split(Regex(QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")), "isolated")]}[pre]
-    split = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))])
+    split = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                                      use_regex=pre in ("gpt-2", "smollm"))])
     trained = vocabulary(split)
     write(tmp_path / "m.gguf", model("llama"), pre=pre, tokens=trained)
     gguf.to_hf(tmp_path / "m.gguf", tmp_path / "out")
@@ -169,13 +182,15 @@ def test_tokenizer(tmp_path, pre):
         assert ids == start + trained[2].encode(text).ids
         assert tok.decode(ids[len(start):]) == text
     assert tok("<|im_start|>a<think>", add_special_tokens=False).input_ids == [1, *trained[2].encode("a").ids, 3]
-    assert (tok.bos_token, tok.eos_token, tok.pad_token, len(tok)) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>", len(trained[0]))
+    assert (tok.bos_token, tok.eos_token, tok.pad_token, len(tok)) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>",
+                                                                       len(trained[0]))
     chat = tok.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_llama3_takes_whole_words_without_merges(tmp_path):
-    """Llama 3's vocabulary has words that its merges do not lead to; they are taken all the same, and gpt-2's are not."""
+    """Llama 3's vocabulary has words that its merges do not lead to; they are taken all the same, and gpt-2's are
+    not."""
     tokens, merges, trained = vocabulary()
     for pre, expected in (("llama-bpe", [1, len(tokens)]), ("gpt-2", trained.encode("zebra").ids)):
         write(tmp_path / "m.gguf", model("llama"), pre=pre, tokens=([*tokens, "zebra"], merges, trained))
@@ -202,7 +217,7 @@ def test_sentencepiece_tokenizer(tmp_path):
     assert tok.chat_template == TEMPLATE
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 def test_corrupt_files_are_named(tmp_path):
     write(tmp_path / "m.gguf", model("llama"))

@@ -1,4 +1,5 @@
-"""Hugging Face directories: round trips against the safetensors package and transformers, and an error for each thing that can be wrong."""
+"""Hugging Face directories: round trips against the safetensors package and transformers, and an error for each thing
+that can be wrong."""
 import json
 import math
 import resource
@@ -17,14 +18,16 @@ from xtf import hf
 from xtf.hf import safetensors as files
 from xtf.spec import Param
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8,
+          torch.bool]
 
 
 def specs_for(path, dtype=None):
     """A flat tree of Params as the files are, and its names."""
     found = hf.tensors(path)
     leaf = {n: f"leaf{i}" for i, n in enumerate(found)}
-    return ({leaf[n]: Param(shape, dtype if dtype and d.is_floating_point else d, ("a",) * len(shape)) for n, (_, d, shape) in found.items()},
+    return ({leaf[n]: Param(shape, dtype if dtype and d.is_floating_point else d, ("a",) * len(shape))
+             for n, (_, d, shape) in found.items()},
             {leaf[n]: n for n in found})
 
 
@@ -35,14 +38,16 @@ def raw(path):
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 x = f.get_tensor(name)
-                out[name] = (file.name, x.dtype, tuple(x.shape), x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                out[name] = (file.name, x.dtype, tuple(x.shape),
+                             x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return out
 
 
 def write(path, *shards):
     """A directory of one file, or of shards with an index."""
     path.mkdir(parents=True, exist_ok=True)
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+                                                            for i in range(len(shards))]
     for name, tensors in zip(names, shards, strict=True):
         save_file(tensors, path / name, {"format": "pt"})
     if len(shards) > 1:
@@ -64,7 +69,8 @@ def drawn(draw):
     data = draw(st.binary(min_size=count, max_size=count))
     if dtype == torch.bool:
         data = bytes(b & 1 for b in data)
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data),
+                            dtype=torch.uint8).view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,7 +105,8 @@ def test_a_box_read_or_written_is_a_slice(tmp_path_factory, data, shape):
 def llama(tmp_path):
     """A directory that transformers wrote: bf16, three shards and their index."""
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=32)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "llama", max_shard_size="5KB")
     return tmp_path / "llama", model
@@ -114,12 +121,14 @@ def test_round_trip_of_a_transformers_directory(llama, tmp_path):
     specs, names = specs_for(path, torch.float32)
     params = hf.load(path, specs, names)
     state = model.state_dict()
-    assert all(x.dtype == torch.float32 and x.requires_grad and torch.equal(x, state[names[k]].float()) for k, x in params.items())
+    assert all(x.dtype == torch.float32 and x.requires_grad and torch.equal(x, state[names[k]].float())
+               for k, x in params.items())
     hf.save(tmp_path / "out", params, names, like=path)
     assert raw(tmp_path / "out") == raw(path)
     copied = {f.name for f in path.iterdir()} - {"old.bin", "original"}
     assert {f.name for f in (tmp_path / "out").iterdir()} == copied
-    assert all((tmp_path / "out" / f).read_bytes() == (path / f).read_bytes() for f in copied if not f.endswith(".index.json"))
+    assert all((tmp_path / "out" / f).read_bytes() == (path / f).read_bytes() for f in copied
+               if not f.endswith(".index.json"))
     again = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(again[k], v) for k, v in state.items())
 
@@ -127,20 +136,24 @@ def test_round_trip_of_a_transformers_directory(llama, tmp_path):
 def test_stacked_experts_of_a_transformers_directory(tmp_path):
     """transformers stacks what its directories have one by one, and so do we; one expert is of another dtype."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                            num_key_value_heads=1, head_dim=8, vocab_size=32, num_experts=5, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=1,
+                            num_attention_heads=2, num_key_value_heads=1, head_dim=8, vocab_size=32, num_experts=5,
+                            num_experts_per_tok=2)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     path = tmp_path / "in"
     model.save_pretrained(path, max_shard_size="1KB")
     experts = "model.layers.0.mlp.experts."
     third = path / hf.tensors(path)[f"{experts}3.up_proj.weight"][0]
-    save_file({n: x.float() if n == f"{experts}3.up_proj.weight" else x for n, x in load_file(third).items()}, third, {"format": "pt"})
-    assert len({hf.tensors(path)[f"{experts}{e}.{which}_proj.weight"][0] for e in range(5) for which in ("gate", "down")}) > 1
+    save_file({n: x.float() if n == f"{experts}3.up_proj.weight" else x for n, x in load_file(third).items()}, third,
+              {"format": "pt"})
+    assert len({hf.tensors(path)[f"{experts}{e}.{which}_proj.weight"][0] for e in range(5)
+                for which in ("gate", "down")}) > 1
     specs, names = specs_for(path, torch.bfloat16)
     plain = {k for k, n in names.items() if experts not in n}
     specs, names = {k: specs[k] for k in plain}, {k: names[k] for k in plain}
     for which, shape in {"gate": (5, 8, 16), "up": (5, 8, 16), "down": (5, 16, 8)}.items():
-        specs[which], names[which] = Param(shape, torch.bfloat16, ("expert", "a", "b")), experts + "{e}." + which + "_proj.weight"
+        specs[which], names[which] = Param(shape, torch.bfloat16,
+                                           ("expert", "a", "b")), experts + "{e}." + which + "_proj.weight"
     params = hf.load(path, specs, names)
     state = model.state_dict()
     assert torch.equal(torch.cat([params["gate"], params["up"]], 1), state[experts + "gate_up_proj"])
@@ -148,17 +161,20 @@ def test_stacked_experts_of_a_transformers_directory(tmp_path):
     hf.save(tmp_path / "out", params, names, like=path)
     assert raw(tmp_path / "out") == raw(path)
     hf.save(tmp_path / "new", params, names)                             # without `like`: all bf16
-    assert {n: x[1:] for n, x in raw(tmp_path / "new").items() if "3.up" not in n} == {n: x[1:] for n, x in raw(path).items() if "3.up" not in n}
+    assert {n: x[1:] for n, x in raw(tmp_path / "new").items()
+            if "3.up" not in n} == {n: x[1:] for n, x in raw(path).items() if "3.up" not in n}
     with pytest.raises(ValueError, match=r"leaves up and down have the same name in the files, .*experts\.0\.up"):
         hf.load(path, specs, names | {"down": names["up"]})
     with pytest.raises(ValueError, match=r"missing: .*experts\.5\.gate.*experts\.5\.up"):
-        hf.load(path, specs | {k: Param((6, 8, 16), torch.bfloat16, ("expert", "a", "b")) for k in ("gate", "up")}, names)
+        hf.load(path, specs | {k: Param((6, 8, 16), torch.bfloat16, ("expert", "a", "b")) for k in ("gate", "up")},
+                names)
     with pytest.raises(ValueError, match=r"experts\.0\.up_proj.weight \(.*has shape \[8, 16\], expected \[16, 8\]"):
         hf.load(path, specs, names | {"up": hf.Transposed(names["up"])})
 
 
 def test_without_like_the_file_is_that_of_the_safetensors_package(tmp_path):
-    params = {"a": torch.randn(3, 5), "b": torch.tensor(2.0), "c": torch.randn(4, dtype=torch.float64), "é": torch.randn(2).bfloat16()}
+    params = {"a": torch.randn(3, 5), "b": torch.tensor(2.0), "c": torch.randn(4, dtype=torch.float64),
+              "é": torch.randn(2).bfloat16()}
     names = {k: f"model.{k}" for k in params}
     hf.save(tmp_path / "new" / "out", params, names)
     save_file({names[k]: x for k, x in params.items()}, tmp_path / "expected", {"format": "pt"})
@@ -179,10 +195,11 @@ def test_dtype_and_trainable(tmp_path):
     path = write(tmp_path / "in", {"w": torch.randn(4).half(), "n": torch.arange(3)})
     specs = {"w": Param((4,), torch.float32, ("a",), trainable=False), "n": Param((3,), torch.int32, ("a",))}
     params = hf.load(path, specs, {"w": "w", "n": "n"}, dtype=torch.bfloat16)
-    assert (params["w"].dtype, params["n"].dtype, params["w"].requires_grad, params["n"].requires_grad) == (torch.bfloat16, torch.int32, False, False)
+    assert (params["w"].dtype, params["n"].dtype, params["w"].requires_grad,
+            params["n"].requires_grad) == (torch.bfloat16, torch.int32, False, False)
 
 
-# ---- twins and ignored tensors ------------------------------------------------------------------------------------------
+# ---- twins and ignored tensors ---------------------------------------------------------------------------------------
 
 EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"
 
@@ -191,7 +208,8 @@ EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "model.layers
 def tied(tmp_path):
     x = torch.randn(4, 3)
     specs = {"embed": {"weight": Param((4, 3), torch.float32, ("vocab", "embed"))}}
-    return write(tmp_path / "tied", {EMBED: x, HEAD: x.clone(), FREQ: torch.randn(2).double()}), specs, {"embed.weight": EMBED}, x
+    return write(tmp_path / "tied",
+                 {EMBED: x, HEAD: x.clone(), FREQ: torch.randn(2).double()}), specs, {"embed.weight": EMBED}, x
 
 
 def test_twins_and_ignored_tensors_are_written_again(tied, tmp_path):
@@ -222,7 +240,7 @@ def test_twins_must_be_equal(tied, tmp_path):
         hf.load(path, specs, names, ignore=())
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 def test_all_that_does_not_fit_is_listed(tmp_path):
     path = write(tmp_path / "in", {"w": torch.ones(2, 3), "x": torch.ones(2), "n": torch.ones(2, dtype=torch.int8)})
@@ -231,7 +249,8 @@ def test_all_that_does_not_fit_is_listed(tmp_path):
     names = {k: k for k in specs}
     with pytest.raises(ValueError) as e:
         hf.load(path, specs, names)
-    for part in (str(path), "missing: m1, m2", "extra: x (model.safetensors)", "w (model.safetensors) has shape [2, 3], expected [3, 2]",
+    for part in (str(path), "missing: m1, m2", "extra: x (model.safetensors)",
+                 "w (model.safetensors) has shape [2, 3], expected [3, 2]",
                  "n (model.safetensors) holds torch.int8, expected torch.float32"):
         assert part in str(e.value)
     params = {k: torch.ones(p.shape) for k, p in specs.items()}
@@ -290,7 +309,8 @@ def test_any_truncation_is_found(tmp_path):
 
 def test_indexes_that_are_wrong(tmp_path):
     path = write(tmp_path / "in", {"a": torch.ones(2)}, {"b": torch.ones(2)})
-    one, two, index = (path / f for f in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"))
+    one, two, index = (path / f for f in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+                                          "model.safetensors.index.json"))
     weight_map = {"a": one.name, "b": two.name}
 
     def fails(error, message, **changed):
@@ -328,12 +348,12 @@ def test_no_safetensors(tmp_path):
         hf.tensors(tmp_path)
 
 
-# ---- what was there stays -----------------------------------------------------------------------------------------------
+# ---- what was there stays --------------------------------------------------------------------------------------------
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = write(tmp_path / "out", {"w": torch.ones(2)})
     before = raw(path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)                # the nearest thing to a full disk that a test may make
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)  # the nearest thing to a full disk that a test may make
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(OSError, match=r"while writing.*out.partial.model\.safetensors"):

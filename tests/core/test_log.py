@@ -27,7 +27,8 @@ def rows(flags):
 
 
 def metrics(loss):
-    return {"loss": torch.tensor(loss, dtype=torch.float64), "grad_norm": torch.tensor(2.0), "lr": 1e-3, "balance": torch.tensor(0.5)}
+    return {"loss": torch.tensor(loss, dtype=torch.float64), "grad_norm": torch.tensor(2.0), "lr": 1e-3,
+            "balance": torch.tensor(0.5)}
 
 
 def events(flags, tag):
@@ -134,8 +135,10 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint(flags):
         assert [row["step"] for row in rows(flags)] == [0, 1, 2, 3, 3]
         for i in range(3, 6):
             log.step(i + 1, metrics(10.0 + i), [4])
-    assert [(row["step"], row["loss"]) for row in rows(flags) if "loss" in row] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]
-    assert log.curves["loss"] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)] and log.curves["eval_loss"] == [(0, 9.0), (3, 8.0)]
+    assert [(row["step"], row["loss"]) for row in rows(flags) if "loss" in row] == [(1, 0.0), (2, 1.0), (3, 2.0),
+                                                                                    (4, 13.0), (5, 14.0), (6, 15.0)]
+    assert log.curves["loss"] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0),
+                                  (6, 15.0)] and log.curves["eval_loss"] == [(0, 9.0), (3, 8.0)]
     assert events(flags, "loss") == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]
 
 
@@ -147,11 +150,13 @@ def test_what_is_not_finite_is_null_and_the_mix_has_columns(flags):
 
 def test_wandb_gets_the_rows_and_a_resumed_run_its_curve(flags, monkeypatch):
     seen = []
-    run = SimpleNamespace(log=lambda row, step: seen.append((step, row["loss"])), finish=lambda exit_code: seen.append(exit_code))
+    run = SimpleNamespace(log=lambda row, step: seen.append((step, row["loss"])),
+                          finish=lambda exit_code: seen.append(exit_code))
     stub = SimpleNamespace(init=lambda **kw: seen.append((kw["project"], kw["id"], kw["resume"])) or run,
                            util=SimpleNamespace(generate_id=lambda: f"id{len(seen)}"))
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    flags = msgspec.defstruct("Flags", [("out", str), ("steps", int), ("dtype", str), ("wandb", str)])(flags.out, 3, "fp32", "project")
+    flags = msgspec.defstruct("Flags", [("out", str), ("steps", int), ("dtype", str),
+                                        ("wandb", str)])(flags.out, 3, "fp32", "project")
     for first in (0, 1):
         with Log(flags, MODEL, 1.0, first=first) as log:
             log.step(first + 1, metrics(2.0), [4])

@@ -14,8 +14,8 @@ from xtf.spec import Normal, Param, num_params
 from xtf.transforms import bf16
 from xtf.transforms._lora import A, B, adapters, base, join, lora, merge
 
-SIZE = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 4, "max_position_embeddings": 64}
+SIZE = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
 MOE = {**SIZE, "moe_intermediate_size": 6, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 DENSE, SPARSE = models.qwen3.config(SIZE), models.qwen3_moe.config(MOE)
 
@@ -29,7 +29,8 @@ def batch(seed=0, packs=2, length=12):
 
 def drawn(specs, seed=0):
     """Parameters whose adapters all do something."""
-    return xtf.init(tree.map_with_path(lambda path, p: replace(p, init=Normal(0.3)) if path.endswith(B) else p, specs), seed)
+    return xtf.init(tree.map_with_path(lambda path, p: replace(p, init=Normal(0.3)) if path.endswith(B) else p, specs),
+                    seed)
 
 
 def adapted(t, model=models.qwen3, cfg=DENSE, dtype=torch.float32):
@@ -41,9 +42,11 @@ def adapted(t, model=models.qwen3, cfg=DENSE, dtype=torch.float32):
 def test_products_gain_adapters_and_all_else_is_frozen():
     specs = lora(3).specs(models.qwen3_moe.specs(SPARSE))
     layer = specs["layers"][1]
-    assert [(p.shape, p.axes) for p in (layer["k"][A], layer["k"][B])] == [((3, 16), ("rank", "embed")), ((8, 3), ("kv_heads", "rank"))]
+    assert [(p.shape, p.axes) for p in (layer["k"][A], layer["k"][B])] == [((3, 16), ("rank", "embed")),
+                                                                           ((8, 3), ("kv_heads", "rank"))]
     down = layer["experts"]["down"]
-    assert [(p.shape, p.axes) for p in (down[A], down[B])] == [((4, 3, 6), ("expert", "rank", "mlp")), ((4, 16, 3), ("expert", "embed", "rank"))]
+    assert [(p.shape, p.axes) for p in (down[A], down[B])] == [((4, 3, 6), ("expert", "rank", "mlp")),
+                                                               ((4, 16, 3), ("expert", "embed", "rank"))]
     trainable = {path for path, p in tree.flatten_with_path(specs) if p.trainable}
     assert trainable == {path for path, _ in tree.flatten_with_path(specs) if path.endswith((A, B))}
     assert not any(path.startswith(("embed", "head", "norm")) or ".router." in path for path in trainable)
@@ -63,7 +66,8 @@ def test_targets_are_paths_or_parts_of_them(targets, nodes):
 @pytest.mark.parametrize("make, message", [
     (lambda s: lora(0), "rank and alpha must be positive, got rank=0"),
     (lambda s: lora(2, alpha=-1.0), "rank and alpha must be positive, got rank=2, alpha=-1.0"),
-    (lambda s: lora(2, targets=["q", "head", "gat"]).specs(s), r"targets \['gat', 'head'\] name no product; the .*are layers.\*.down,"),
+    (lambda s: lora(2, targets=["q", "head", "gat"]).specs(s),
+     r"targets \['gat', 'head'\] name no product; the .*are layers.\*.down,"),
     (lambda s: lora(2).specs({"norm": s["norm"]}), "the specs have no product to adapt"),
 ])
 def test_what_cannot_be_is_refused_by_name(make, message):
@@ -82,11 +86,13 @@ def test_it_is_the_formula():
         node = {"weight": draw(*shape, 4, 5), "bias": draw(*shape, 4), A: draw(*shape, 2, 5), B: draw(*shape, 4, 2)}
         w = node["weight"] + 1.5 * node[B] @ node[A]
         whole = F.linear(x, w, node["bias"]) if not shape else torch.cat(
-            [*(F.linear(x[a:b], w[e], node["bias"][e]) for e, (a, b) in enumerate(((0, 3), (3, 3), (3, 6)))), torch.zeros(1, 4, dtype=torch.float64)])
+            [*(F.linear(x[a:b], w[e], node["bias"][e]) for e, (a, b) in enumerate(((0, 3), (3, 3), (3, 6)))),
+             torch.zeros(1, 4, dtype=torch.float64)])
         ours = product(node)
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
         inputs, weight = (x, *node.values()), torch.randn_like(whole)
-        for g, h in zip(torch.autograd.grad(ours, inputs, weight), torch.autograd.grad(whole, inputs, weight), strict=True):
+        for g, h in zip(torch.autograd.grad(ours, inputs, weight), torch.autograd.grad(whole, inputs, weight),
+                        strict=True):
             torch.testing.assert_close(g, h, rtol=1e-12, atol=1e-12)
 
 
@@ -97,7 +103,8 @@ def test_a_fresh_adapter_changes_nothing_and_frozen_leaves_keep_no_state():
     plain = xtf.init(specs)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(outsider.V, (2, 8), generator=g)
-    data = Batch(ids, ids.roll(-1, 1), torch.ones(2, 8), torch.arange(8).expand(2, 8), torch.tensor([[0, 8, 8]] * 2, dtype=torch.int32))
+    data = Batch(ids, ids.roll(-1, 1), torch.ones(2, 8), torch.arange(8).expand(2, 8),
+                 torch.tensor([[0, 8, 8]] * 2, dtype=torch.int32))
     assert torch.equal(outsider.nll(params, data, step.ops), outsider.nll(plain, data, xtf.LOCAL))
     state, losses = xtf.TrainState.create(params, outsider.opt.init(params)), []
     for _ in range(20):
@@ -118,7 +125,8 @@ def test_merging_is_the_same_function(model, cfg):
     ops, params = adapted(t, model, cfg)
     merged = merge(params, t)
     assert [p for p, _ in tree.flatten_with_path(merged)] == [p for p, _ in tree.flatten_with_path(model.specs(cfg))]
-    torch.testing.assert_close(model.forward(merged, batch(), cfg), model.forward(params, batch(), cfg, ops), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.forward(merged, batch(), cfg), model.forward(params, batch(), cfg, ops), rtol=1e-4,
+                               atol=1e-5)
     assert merged["embed"]["weight"] is params["embed"]["weight"]
 
 
@@ -156,7 +164,8 @@ def test_a_base_in_bf16_takes_half_the_bytes_and_computes_as_before(more):
     assert grads[0][0].isfinite() and torch.equal(grads[0][0], grads[1][0])
     for x, y in zip(*(tree.leaves(g[1]) for g in grads), strict=True):
         assert (x is None and y is None) or torch.equal(x, y)
-    untouched = lora(2, base_dtype=torch.bfloat16).specs({"q": {"weight": Param((2, 2), torch.float64, ("heads", "embed"))}})
+    untouched = lora(2, base_dtype=torch.bfloat16).specs({"q":
+                                                          {"weight": Param((2, 2), torch.float64, ("heads", "embed"))}})
     assert untouched["q"]["weight"].dtype == torch.float64
 
 

@@ -19,16 +19,19 @@ from xtf.transforms import remat
 def routed(draw):
     """Drawn logits, choices and documents of a batch, and the layers' `Routing`."""
     E, L = draw(st.integers(2, 6)), draw(st.integers(1, 3))
-    router = moe.Router(E, draw(st.integers(1, E)), draw(st.sampled_from(["softmax", "sigmoid", "softmax_top_k"])), normalise=draw(st.booleans()))
+    router = moe.Router(E, draw(st.integers(1, E)), draw(st.sampled_from(["softmax", "sigmoid", "softmax_top_k"])),
+                        normalise=draw(st.booleans()))
     batch = draw(token_batches(5)(Layout()))
     documents_Pt = moe.documents(batch, LOCAL)
     g = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    logits = [torch.randn(batch.input_ids.numel(), E, generator=g, dtype=torch.float64).requires_grad_() for _ in range(L)]
+    logits = [torch.randn(batch.input_ids.numel(), E, generator=g, dtype=torch.float64).requires_grad_()
+              for _ in range(L)]
     ys = []
     for x_TE in logits:
         scores_TE = x_TE.sigmoid() if router.score == "sigmoid" else x_TE.softmax(-1)
         experts_TK = moe.choose(scores_TE.detach(), None, router).masked_fill((documents_Pt.flatten() < 0)[:, None], -1)
-        ys.append(moe.statistics(x_TE, scores_TE, experts_TK, documents_Pt, batch.segments.shape[1] - 1, torch.zeros((), dtype=torch.int64)))
+        ys.append(moe.statistics(x_TE, scores_TE, experts_TK, documents_Pt, batch.segments.shape[1] - 1,
+                                 torch.zeros((), dtype=torch.int64)))
     return router, batch, documents_Pt, logits, moe.gather(ys)
 
 
@@ -44,7 +47,8 @@ def test_balance_and_z_are_the_formulas(drawn):
         for p, row in enumerate(documents_Pt):
             for document in range(int(row.max()) + 1):
                 mine = row == document
-                f_E = torch.stack([(experts_PtK[p][mine] == e).sum() for e in range(E)]).double() * E / (K * mine.sum().double())
+                f_E = torch.stack([(experts_PtK[p][mine] == e).sum()
+                                   for e in range(E)]).double() * E / (K * mine.sum().double())
                 p_E = (s_PtE[p][mine] / s_PtE[p][mine].sum(-1, keepdim=True)).mean(0)
                 want = want + mine.sum().double() / n * (f_E * p_E).sum()
         want_z = want_z + (x_TE.view(*documents_Pt.shape, E)[documents_Pt >= 0].logsumexp(-1) ** 2).sum() / n
@@ -75,8 +79,10 @@ def test_statistics_are_counts(drawn):
 def test_balance_is_one_a_layer_where_experts_are_used_evenly():
     E, T = 4, 8
     documents_Pt = torch.zeros(1, T, dtype=torch.int64)
-    even = moe.statistics(torch.zeros(T, E), torch.full((T, E), 1 / E), torch.arange(T)[:, None] % E, documents_Pt, 1, torch.tensor(0))
-    one = moe.statistics(torch.zeros(T, E), torch.eye(E)[[0] * T], torch.zeros(T, 1, dtype=torch.int64), documents_Pt, 1, torch.tensor(0))
+    even = moe.statistics(torch.zeros(T, E), torch.full((T, E), 1 / E), torch.arange(T)[:, None] % E, documents_Pt, 1,
+                          torch.tensor(0))
+    one = moe.statistics(torch.zeros(T, E), torch.eye(E)[[0] * T], torch.zeros(T, 1, dtype=torch.int64), documents_Pt,
+                         1, torch.tensor(0))
     for over in ("document", "pack"):
         assert moe.balance(moe.gather([even, None, even]), torch.tensor(T), LOCAL, over).item() == pytest.approx(2)
         assert moe.balance(moe.gather([one]), torch.tensor(T), LOCAL, over).item() == pytest.approx(E)
@@ -90,8 +96,10 @@ def test_balance_is_one_a_layer_where_experts_are_used_evenly():
 
 
 def test_corrections_move_towards_balance():
-    """+ rate where an expert had less than the mean, - where more (arXiv 2408.15664); nothing where the step is not taken."""
-    params = {"layers": [{"q": {"weight": torch.ones(1)}}, {"correction": {"bias": torch.zeros(3)}}, {"correction": {"bias": torch.ones(3)}}]}
+    """+ rate where an expert had less than the mean, - where more (arXiv 2408.15664); nothing where the step is not
+    taken."""
+    params = {"layers": [{"q": {"weight": torch.ones(1)}}, {"correction": {"bias": torch.zeros(3)}},
+                         {"correction": {"bias": torch.ones(3)}}]}
     updates = xtf.tree.tree_map(lambda p: None, params)
     counts = torch.tensor([[4.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
     new = moe.correct(updates, params, counts, 0.1)
@@ -110,16 +118,18 @@ def test_choice_within_groups_by_hand():
     router = moe.Router(8, 2, "sigmoid", groups=4, top_groups=2)
     assert sorted(moe.choose(scores, None, router)[0].tolist()) == [0, 2] or sorted(moe.choose(scores, None, router)[0].tolist()) == [0, 3]
     chosen = moe.choose(scores, torch.tensor([0, 0, 0, 0, 0, 0.9, 0, 0.0]), router)
-    assert sorted(chosen[0].tolist()) == [4, 5]                                              # 0.8 + 0.9 beats 1.0, and 0.9 beats 0.9's group mates
+    assert sorted(chosen[0].tolist()) == [4, 5]  # 0.8 + 0.9 beats 1.0, and 0.9 beats 0.9's group mates
     assert moe.weigh(scores.logit(), scores, chosen, router).sort().values[0].tolist() == pytest.approx([0.0, 0.8])
 
 
 def test_remat_keeps_the_choice():
-    """The choice and the plan are made once a layer and step; recomputation takes the same, even from a router that would choose otherwise."""
+    """The choice and the plan are made once a layer and step; recomputation takes the same, even from a router that
+    would choose otherwise."""
     name = "qwen3_moe"
     module, cfg, specs, _ = M.family(name)
     ids = torch.randint(M.VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
-    batch = xtf.data.Batch(ids, ids.roll(-1, 1), torch.ones(2, 6), torch.arange(6).expand(2, 6), torch.tensor([[0, 6]] * 2, dtype=torch.int32))
+    batch = xtf.data.Batch(ids, ids.roll(-1, 1), torch.ones(2, 6), torch.arange(6).expand(2, 6),
+                           torch.tensor([[0, 6]] * 2, dtype=torch.int32))
     plans = []
 
     def counted():

@@ -1,4 +1,5 @@
-"""Adapters in PEFT's format, beside peft itself: ours there, theirs here, for every kind of model; and what is refused by name."""
+"""Adapters in PEFT's format, beside peft itself: ours there, theirs here, for every kind of model; and what is refused
+by name."""
 import json
 import shutil
 import warnings
@@ -18,16 +19,23 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from peft import LoraConfig, PeftModel, get_peft_model
 
-COMMON = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "head_dim": 4, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+COMMON = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+          "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 CONFIGS = {
     "qwen3": {**COMMON, "model_type": "qwen3", "attention_bias": True},
-    "qwen3_moe": {**COMMON, "model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2},
-    "mixed": {**COMMON, "model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
-    "gpt_oss": {**COMMON, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "intermediate_size": 12},
-    "deepseek_v3": {**COMMON, "model_type": "deepseek_v3", "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 4,
-                    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "q_lora_rank": 8,
-                    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "num_nextn_predict_layers": 0},
+    "qwen3_moe": {**COMMON, "model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 4,
+                  "num_experts_per_tok": 2},
+    "mixed": {**COMMON, "model_type": "qwen3_moe", "moe_intermediate_size": 8, "num_experts": 4,
+              "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+    "gpt_oss": {**COMMON, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2,
+                "sliding_window": 4, "intermediate_size": 12},
+    "deepseek_v3": {**COMMON, "model_type": "deepseek_v3", "num_key_value_heads": 4, "moe_intermediate_size": 8,
+                    "n_routed_experts": 4,
+                    "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+                    "n_shared_experts": 1, "q_lora_rank": 8,
+                    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+                    "num_nextn_predict_layers": 0},
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = batch(packs=1).input_ids
@@ -73,9 +81,11 @@ def by_peft(folder, adapter):
     return out
 
 
-OURS = [("qwen3", None), ("qwen3", ["q", "layers.1.down"]), ("qwen3_moe", None), ("qwen3_moe", ["v", "experts.down"]), ("mixed", None),
-        ("mixed", ["experts"]), ("gpt_oss", None), ("gpt_oss", ["o", "experts.down"]), ("gpt_oss", ["layers.1.experts.gate_up"]),
-        ("deepseek_v3", None), ("deepseek_v3", ["shared.gate", "layers.0.up", "experts.down"]), ("deepseek_v3", ["layers.0.gate", "q_a", "shared"])]
+OURS = [("qwen3", None), ("qwen3", ["q", "layers.1.down"]), ("qwen3_moe", None), ("qwen3_moe", ["v", "experts.down"]),
+        ("mixed", None), ("mixed", ["experts"]), ("gpt_oss", None), ("gpt_oss", ["o", "experts.down"]),
+        ("gpt_oss", ["layers.1.experts.gate_up"]),
+        ("deepseek_v3", None), ("deepseek_v3", ["shared.gate", "layers.0.up", "experts.down"]),
+        ("deepseek_v3", ["layers.0.gate", "q_a", "shared"])]
 
 
 @pytest.mark.parametrize("name, targets", OURS)
@@ -97,9 +107,12 @@ def test_peft_reads_ours_and_we_do(folders, tmp_path, name, targets):
         torch.testing.assert_close(theirs(tmp_path / "merged")(IDS).logits, ours, rtol=1e-4, atol=1e-5)
 
 
-THEIRS = [("qwen3", {"target_modules": "all-linear"}), ("qwen3", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
-          ("qwen3_moe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}), ("qwen3_moe", {"target_parameters": EXPERTS[1:]}),
-          ("gpt_oss", {"target_modules": ["k_proj"], "target_parameters": EXPERTS}), ("gpt_oss", {"target_parameters": EXPERTS[:1]})]
+THEIRS = [("qwen3", {"target_modules": "all-linear"}),
+          ("qwen3", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
+          ("qwen3_moe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
+          ("qwen3_moe", {"target_parameters": EXPERTS[1:]}),
+          ("gpt_oss", {"target_modules": ["k_proj"], "target_parameters": EXPERTS}),
+          ("gpt_oss", {"target_parameters": EXPERTS[:1]})]
 
 
 @pytest.mark.parametrize("name, config", THEIRS)
@@ -121,7 +134,8 @@ def test_we_read_theirs(folders, tmp_path, name, config):
 
 
 def test_what_peft_made_of_ours_comes_back(folders, tmp_path):
-    """peft fuses gate's and up's adapters into one of twice the rank; saved by it, they come apart again, bit for bit."""
+    """peft fuses gate's and up's adapters into one of twice the rank; saved by it, they come apart again, bit for
+    bit."""
     t = lora(2, alpha=3.0)
     module, cfg, run, params = of(folders / "qwen3_moe", t)
     peft.save(tmp_path / "ours", params, module.names(cfg), t, folders / "qwen3_moe")
@@ -129,7 +143,8 @@ def test_what_peft_made_of_ours_comes_back(folders, tmp_path):
         warnings.simplefilter("ignore")
         PeftModel.from_pretrained(theirs(folders / "qwen3_moe"), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     assert "base_layer" in " ".join(load_file(tmp_path / "theirs" / peft.FILE))
-    back = peft.load(tmp_path / "theirs", run.specs, module.names(cfg), peft.read(tmp_path / "theirs", module.names(cfg)))
+    back = peft.load(tmp_path / "theirs", run.specs, module.names(cfg),
+                     peft.read(tmp_path / "theirs", module.names(cfg)))
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(adapters(params)), tree.leaves(back), strict=True))
 
 
@@ -138,17 +153,21 @@ def test_models_whose_own_code_has_a_module_for_each_expert(tmp_path):
     cfg = models.deepseek_v3.config(CONFIGS["deepseek_v3"] | {"model_type": "kimi_k2"})
     t = lora(2)
     (tmp_path / "config.json").write_text('{"model_type": "kimi_k2"}')
-    peft.save(tmp_path / "adapter", xtf.init(t.specs(models.deepseek_v3.specs(cfg))), models.deepseek_v3.names(cfg), t, tmp_path)
+    peft.save(tmp_path / "adapter", xtf.init(t.specs(models.deepseek_v3.specs(cfg))), models.deepseek_v3.names(cfg), t,
+              tmp_path)
     config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
-    assert "target_parameters" not in config and {"gate_proj", "up_proj", "down_proj", "o_proj", "kv_b_proj"} < set(config["target_modules"])
-    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight" in load_file(tmp_path / "adapter" / peft.FILE)
+    assert "target_parameters" not in config and {"gate_proj", "up_proj", "down_proj", "o_proj",
+                                                  "kv_b_proj"} < set(config["target_modules"])
+    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight" in load_file(tmp_path / "adapter"
+                                                                                              / peft.FILE)
 
 
 def test_starting_is_loading_and_drawing(folders):
     module, cfg, run, _ = of(folders / "qwen3", lora(2))
     names = module.names(cfg)
     params = peft.start(folders / "qwen3", run.specs, names, seed=4)
-    for ours, want in ((base(params), hf.load(folders / "qwen3", module.specs(cfg), names)), (adapters(params), adapters(xtf.init(run.specs, 4)))):
+    for ours, want in ((base(params), hf.load(folders / "qwen3", module.specs(cfg), names)),
+                       (adapters(params), adapters(xtf.init(run.specs, 4)))):
         assert all(torch.equal(x, y) for x, y in zip(tree.leaves(ours), tree.leaves(want), strict=True))
     plain = peft.start(folders / "qwen3", module.specs(cfg), names)
     assert all(x.requires_grad for x in tree.leaves(plain))
@@ -185,10 +204,13 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ({"r": "gone"}, None, "not the config of a LoRA adapter .KeyError: 'r'"),
     ({"alpha_pattern": {"q_proj": 9}}, None, "scale some adapters differently"),
     ({"lora_alpha": 9.0}, None, "scaled by 3, the transform's by 1.66667"),
-    ({}, lambda x: {k: v for k, v in x.items() if k != Q.replace("_A", "_B")}, r"layers\.0\.q\.lora_b: .*q_proj\.lora_B\.weight is missing"),
-    ({}, lambda x: {k: v for k, v in x.items() if "layers.0.self_attn.q_proj" not in k}, r"layers\.0\.q\.lora_a: the file has no adapter for it"),
+    ({}, lambda x: {k: v for k, v in x.items() if k != Q.replace("_A", "_B")},
+     r"layers\.0\.q\.lora_b: .*q_proj\.lora_B\.weight is missing"),
+    ({}, lambda x: {k: v for k, v in x.items() if "layers.0.self_attn.q_proj" not in k},
+     r"layers\.0\.q\.lora_a: the file has no adapter for it"),
     ({}, lambda x: x | {Q: x[Q][:2]}, r"lora_A\.weight has shape \[2, 16\], expected \[3, 16\]"),
-    ({}, lambda x: x | {Q.replace("q_proj", "k_proj"): x[Q] + 1}, r"the specs have no adapter for base_model\S*\.k_proj\.lora_A"),
+    ({}, lambda x: x | {Q.replace("q_proj", "k_proj"): x[Q] + 1},
+     r"the specs have no adapter for base_model\S*\.k_proj\.lora_A"),
 ])
 def test_adapters_that_do_not_fit_are_refused_by_name(folders, saved, tmp_path, fields, change, message):
     module, cfg, run, _ = of(folders / "qwen3", lora(3, alpha=5.0, targets=["q", "down"]))
@@ -199,7 +221,8 @@ def test_adapters_that_do_not_fit_are_refused_by_name(folders, saved, tmp_path, 
 def test_folders_that_are_something_else(folders, saved, tmp_path):
     module, cfg, _, params = of(folders / "qwen3", lora(2))
     names = module.names(cfg)
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: no such file; give the folder of a PEFT adapter"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"adapter_config\.json: no such file; give the folder of a PEFT adapter"):
         peft.read(folders / "qwen3", names)
     with pytest.raises(ValueError, match="no adapter is of a product of this model"):
         peft.read(saved, {"x.weight": "other.x.weight"})

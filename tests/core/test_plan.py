@@ -1,4 +1,5 @@
-"""Plans against real ranks: memory as the kernel sees it, bytes as they were sent; against formulas; and the command."""
+"""Plans against real ranks: memory as the kernel sees it, bytes as they were sent; against formulas; and the
+command."""
 import collections
 import contextlib
 import json
@@ -17,12 +18,15 @@ from xtf.plan.ledger import Ledger
 from xtf.plan.machines import EFFICIENCY, MACHINES, roofline
 from xtf.testing import pool
 
-DENSE = {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 8,
-         "num_key_value_heads": 4, "head_dim": 32}
-EXPERTS = DENSE | {"model_type": "qwen3_moe", "moe_intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4, "norm_topk_prob": True}
-LATENT = {"model_type": "deepseek_v3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
-          "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8,
-          "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_nope_head_dim": 32,
+DENSE = {"model_type": "qwen3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768,
+         "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+EXPERTS = DENSE | {"model_type": "qwen3_moe", "moe_intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4,
+                   "norm_topk_prob": True}
+LATENT = {"model_type": "deepseek_v3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512,
+          "moe_intermediate_size": 128, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4,
+          "num_key_value_heads": 4, "n_routed_experts": 8,
+          "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "kv_lora_rank": 32, "q_lora_rank": 64,
+          "qk_nope_head_dim": 32,
           "qk_rope_head_dim": 16, "v_head_dim": 32, "num_nextn_predict_layers": 1}
 
 
@@ -56,7 +60,8 @@ class Told:
 
 
 def really(hf: dict, sizes: dict, seq_len: int, packs: int, dtype: str, remat: bool) -> tuple:
-    """On a real rank: (peak bytes of a step, its messages, what `exact` said). The peak is the kernel's: every large tensor has pages of its own."""
+    """On a real rank: (peak bytes of a step, its messages, what `exact` said). The peak is the kernel's: every large
+    tensor has pages of its own."""
     import ctypes
     import gc
 
@@ -84,7 +89,7 @@ def really(hf: dict, sizes: dict, seq_len: int, packs: int, dtype: str, remat: b
     ids = torch.randint(cfg.vocab_size, (total, seq_len), generator=torch.Generator().manual_seed(0))
     ends = planned._full(total, seq_len, 1, 1, "cpu")
     batch = cut(Batch(ids, ids, ends.loss_mask, ends.positions, ends.segments, ends.lengths), ranks)
-    for _ in range(2):                                               # the first step makes what later ones keep (threads, groups, caches)
+    for _ in range(2):  # the first step makes what later ones keep (threads, groups, caches)
         strategy.said.clear()
         gc.collect()
         libc.malloc_trim(0)
@@ -112,7 +117,8 @@ def test_predicted_is_measured_on_real_ranks(hf, sizes, packs, dtype, remat):
     answers = pool(math.prod(sizes.values())).run(really, hf, sizes, 512, packs, dtype, remat)
     peak, messages, said = answers[0]
     model, cfg = family(hf)
-    seen = plan.measure(model, cfg, sizes, seq_len=512, packs=packs, dtype=dtype, remat_=remat, kind="cpu", strategy=Told(said))
+    seen = plan.measure(model, cfg, sizes, seq_len=512, packs=packs, dtype=dtype, remat_=remat, kind="cpu",
+                        strategy=Told(said))
     assert seen.messages == messages
     assert abs(seen.peak / peak - 1) < 0.1, (seen.peak, peak, seen.memory)
     assert sum(seen.memory.values()) == seen.peak
@@ -124,18 +130,20 @@ def test_a_step_on_1024_ranks_is_a_part_of_one_processs():
     seen = plan.measure(model, cfg, {"dp": 16, "ep": 32, "sp": 2}, seq_len=512)
     one = plan.measure(model, cfg, {}, seq_len=512)
     for work in ("products", "experts", "attention"):
-        assert seen.flops[work] * 1024 == pytest.approx(one.flops[work] * 512, rel=1e-3), work     # 512 packs; rows are whole numbers
+        # 512 packs; rows are whole numbers
+        assert seen.flops[work] * 1024 == pytest.approx(one.flops[work] * 512, rel=1e-3), work
     assert seen.tokens == 512 * 512
     attention = 4 * cfg.num_attention_heads * cfg.head_dim * 3 * 512 * 513 // 2
     assert one.flops["products"] + one.flops["experts"] == 3 * (model.flops(cfg, [512]) - attention)
-    assert one.flops["attention"] == attention * 7 // 2              # flash attention computes the scores again in backward
+    assert one.flops["attention"] == attention * 7 // 2  # flash attention computes the scores again in backward
     halves = plan.measure(model, cfg, {}, seq_len=512, documents=2)
     assert halves.flops["attention"] == 4 * cfg.num_attention_heads * cfg.head_dim * 3 * 256 * 257 * 7 // 2
     assert one.memory["parameters"] == 4 * one.parameters and one.memory["optimizer"] >= 8 * one.parameters
 
 
 def test_gathered_weights_and_messages_do_not_grow_with_the_layers():
-    few, many = (plan.measure(*family(EXPERTS | {"num_hidden_layers": n}), {"dp": 8}, seq_len=512, remat_=True) for n in (4, 8))
+    few, many = (plan.measure(*family(EXPERTS | {"num_hidden_layers": n}), {"dp": 8}, seq_len=512, remat_=True)
+                 for n in (4, 8))
     assert few.memory["buffers"] == many.memory["buffers"] > 0
 
 
@@ -154,7 +162,8 @@ def test_the_ledger_sees_through_modes_that_are_off_and_keeps_real_integers_real
         del hidden
         assert ledger.now == 6000
         del view
-        assert ledger.now == 4000 and ledger.at_peak() == {"parameters": 0, "gradients": 0, "optimizer": 0, "activations": 4032, "buffers": 2000}
+        assert ledger.now == 4000 and ledger.at_peak() == {"parameters": 0, "gradients": 0, "optimizer": 0,
+                                                           "activations": 4032, "buffers": 2000}
         ledger.start(limit=5000)
         with pytest.raises(MemoryError, match="8,000 bytes"):
             fake + 1
@@ -182,15 +191,17 @@ def test_counts_plan_the_fullest_rank_layer_by_layer():
     strategy = plan.Balanced(Router(4, 1), [[0.1, 0.1, 0.4, 0.4], [0.25] * 4], again=True)
     said = [strategy.sizes(sent) for _ in range(5)]
     assert said[:2] == [([80, 20], [80, 80], 160), ([50, 50], [50, 50], 100)]
-    assert said[2:] == [said[1], said[0], said[0]]                   # backward recomputes in reverse; then the next micro-batch
+    assert said[2:] == [said[1], said[0], said[0]]  # backward recomputes in reverse; then the next micro-batch
 
 
 def test_the_roofline_of_known_work():
     machine = MACHINES["h100"]
-    work = collections.Counter({("products", 7 * 10**14, 1): 1, ("passes", 0, int(3.35e12)): 2, ("optimizer", 0, int(3.35e12)): 1})
+    work = collections.Counter({("products", 7 * 10**14, 1): 1, ("passes", 0, int(3.35e12)): 2,
+                                ("optimizer", 0, int(3.35e12)): 1})
     times = roofline(machine, work, [("all_to_all", 16, 8, 15 * 10**9), ("all_gather", 16, 8, 15 * 10**9)])
     assert times.products == pytest.approx(7e14 / (989e12 * 0.7)) and times.passes == pytest.approx(2 * 0.5 / 0.8)
-    assert times.exposed == pytest.approx(8e9 / 50e9 / 0.8)          # half of the others are out of the node, each through its own link
+    # half of the others are out of the node, each through its own link
+    assert times.exposed == pytest.approx(8e9 / 50e9 / 0.8)
     assert times.hidden == pytest.approx(max(15e9 / 450e9, 8e9 / 8 / 50e9) / 0.8)
     assert times.step == pytest.approx(times.products + times.passes + times.exposed + times.optimizer)
 
@@ -206,7 +217,8 @@ def test_one_json_object_and_a_table(directory, capsys):
     plan.main([*argv, "--json"])
     one = json.loads(capsys.readouterr().out)
     assert one["fits"] and one["mesh"] == {"dp": 4, "ep": 4} and sum(one["memory"].values()) == one["peak"]
-    assert {(m["kind"], *m["axes"]) for m in one["messages"]} >= {("all_to_all", "ep"), ("all_gather", "dp"), ("all_gather", "dp", "ep")}
+    assert {(m["kind"], *m["axes"]) for m in one["messages"]} >= {("all_to_all", "ep"), ("all_gather", "dp"),
+                                                                  ("all_gather", "dp", "ep")}
     plan.main(argv)
     text = capsys.readouterr().out
     assert f"{one['peak'] / 1e9:.3f}   fits into 73.6 GB" in text and f"{one['tokens_per_second_per_device']:,.0f} tokens/s a device" in text
@@ -242,7 +254,8 @@ def test_what_cannot_be_is_named(directory, argv, message):
 @pytest.mark.parametrize("seq_len", [4096, 65536])
 def test_kimi_k2_on_1024_ranks(seq_len):
     """A trillion parameters within 8 GiB and 3 minutes of processor time."""
-    argv = ["docs/configs/Kimi-K2-Instruct", "--world", "1024", "--mesh", "dp=32,ep=32", "--remat", "--json", "--seq-len", str(seq_len)]
+    argv = ["docs/configs/Kimi-K2-Instruct", "--world", "1024", "--mesh", "dp=32,ep=32", "--remat", "--json",
+            "--seq-len", str(seq_len)]
     out = subprocess.run([sys.executable, "-m", "xtf.plan", *argv], capture_output=True, text=True, check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert 1.02e12 < json.loads(out.stdout)["parameters"] < 1.04e12

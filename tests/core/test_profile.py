@@ -1,4 +1,5 @@
-"""The trace read back as Perfetto would: steps asked for, operators as a dispatch mode counts them, memory by arithmetic, ranks by name."""
+"""The trace read back as Perfetto would: steps asked for, operators as a dispatch mode counts them, memory by
+arithmetic, ranks by name."""
 import gzip
 import json
 import sys
@@ -74,7 +75,8 @@ def test_memory_is_a_curve_and_a_table(tmp_path):
     run(tmp_path, "2:3", 3)
     curve = [e["args"]["MB"] for e in events(tmp_path) if e["name"] == "allocated on CPU" and e["ph"] == "C"]
     assert MEGABYTES <= max(curve) < MEGABYTES + 0.1
-    head, largest, *_ = (line.split() for line in (tmp_path / "profile" / "operators-rank0.txt").read_text().splitlines())
+    head, largest, *_ = (line.split()
+                         for line in (tmp_path / "profile" / "operators-rank0.txt").read_text().splitlines())
     assert head == ["calls", "CPU", "ms", "MB", "on", "CPU", "operator"]
     assert largest[-1] == "aten::empty" and MEGABYTES <= float(largest[2]) < MEGABYTES + 0.1
 
@@ -94,8 +96,8 @@ def test_the_table_is_torchs(tmp_path):
     for name, (calls, milliseconds, megabytes) in ours.items():
         assert calls == theirs[name].count
         assert milliseconds == pytest.approx(theirs[name].self_cpu_time_total / 1e3, abs=0.002 * calls + 0.001)
-        assert megabytes * 1e6 >= theirs[name].self_cpu_memory_usage - 1000                   # theirs less what was freed within
-    assert ours["aten::mm"][2] * 1e6 == pytest.approx(3 * 64 * 64 * 4, abs=500)               # one product forward, two backward
+        assert megabytes * 1e6 >= theirs[name].self_cpu_memory_usage - 1000  # theirs less what was freed within
+    assert ours["aten::mm"][2] * 1e6 == pytest.approx(3 * 64 * 64 * 4, abs=500)  # one product forward, two backward
 
 
 def profiled_on_rank(out):
@@ -121,7 +123,8 @@ def test_a_run_that_fails_within_the_window_leaves_what_there_was(tmp_path):
 def calls(fn):
     """What Python and C functions `fn` enters."""
     seen = []
-    sys.setprofile(lambda frame, kind, arg: seen.append(getattr(arg, "__name__", frame.f_code.co_name)) if kind in ("call", "c_call") else None)
+    sys.setprofile(lambda frame, kind, arg: seen.append(getattr(arg, "__name__", frame.f_code.co_name))
+                   if kind in ("call", "c_call") else None)
     try:
         fn()
     finally:

@@ -1,4 +1,5 @@
-"""The recipes run from an installed wheel, from a source distribution and from an editable install, and are the files of recipes/."""
+"""The recipes run from an installed wheel, from a source distribution and from an editable install, and are the files
+of recipes/."""
 import os
 import shutil
 import subprocess
@@ -14,10 +15,13 @@ RECIPES = sorted(p.name for p in (ROOT / "recipes").glob("*.py"))
 
 
 def python(*words, cwd, path=()):
-    """Standard output of a Python that has what is installed here except xtf (whose .pth file is not read), and `path` before it."""
+    """Standard output of a Python that has what is installed here except xtf (whose .pth file is not read), and `path`
+    before it."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, sysconfig.get_path("purelib")))), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-S", "-P", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, sysconfig.get_path("purelib")))),
+            "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-S", "-P", *words], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -43,7 +47,8 @@ def members(wheel):
 
 
 def ran(folder, begin):
-    """`python -m xtf.recipes.qwen3_sft --help` with what is installed in folder/site: it is understood; the file that ran."""
+    """`python -m xtf.recipes.qwen3_sft --help` with what is installed in folder/site: it is understood; the file that
+    ran."""
     code = f"""{begin}import runpy, sys
 from importlib.util import find_spec
 print(find_spec("xtf.recipes.qwen3_sft").origin)
@@ -84,5 +89,6 @@ def test_an_editable_install_runs_the_files_of_the_checkout(source, tmp_path):
     python("-c", build, str(tmp_path), cwd=source)
     [wheel] = tmp_path.glob("xtf-*.whl")
     python(*PIP, "install", *OPTIONS, "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
-    begin = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"               # reads the .pth file, as an environment's start does
+    # reads the .pth file, as an environment's start does
+    begin = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
     assert ran(tmp_path, begin) == source / "recipes" / "qwen3_sft.py"

@@ -1,16 +1,19 @@
-"""Chat formats of published models, written anew with their published behaviour, and what each model generates as a message."""
+"""Chat formats of published models, written anew with their published behaviour, and what each model generates as a
+message."""
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
-# How Llama 3, Qwen, DeepSeek and GPT-OSS (much alike) cut text before merging: line feeds end a piece, so the "\n\n" of a prompt stays whole.
+# How Llama 3, Qwen, DeepSeek and GPT-OSS (much alike) cut text before merging: line feeds end a piece, so the "\n\n" of
+# a prompt stays whole.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Said(NamedTuple):
-    """How inference came to a message: the template's options for the prompt, what was put after the prompt by force, and what was generated."""
+    """How inference came to a message: the template's options for the prompt, what was put after the prompt by force,
+    and what was generated."""
     options: dict[str, Any]
     forced: str
     generated: str
@@ -34,7 +37,8 @@ def tokenizer_for(family: Family, make_tokenizer, trim_offsets: bool = False):
     tokenizer.bos_token, tokenizer.eos_token = family.bos, family.eos
     if family.split:
         cut = pre_tokenizers.Split(Regex(family.split), "isolated")
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut,
+                                                                             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return tokenizer
 
 
@@ -48,12 +52,13 @@ def thoughts(m: dict[str, Any]) -> str:
 
 def chatml_calls(m: dict[str, Any]) -> str:
     """Qwen's calls: tagged JSON, each on lines of its own."""
-    calls = [f'<tool_call>\n{{"name": "{c["function"]["name"]}", "arguments": {dumps(c["function"]["arguments"])}}}\n</tool_call>'
+    calls = [f'<tool_call>\n{{"name": "{c["function"]["name"]}", "arguments": '
+             f'{dumps(c["function"]["arguments"])}}}\n</tool_call>'
              for c in m.get("tool_calls", [])]
     return "\n".join([*([m["content"]] if m["content"] else []), *calls])
 
 
-# ---- Qwen3: reasoning only after the last question; the last turn always gets a block of reasoning; a switch puts the empty one in the prompt ----
+# ---- Qwen3: reasoning only after the last question; the last turn always gets a block of reasoning; a switch puts the empty one in the prompt 
 
 QWEN3 = """{%- if tools %}{{- '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
@@ -101,22 +106,23 @@ QWEN3 = """{%- if tools %}{{- '<|im_start|>system\\n' }}
 
 def qwen3_said(m):
     if thoughts(m):
-        return Said({}, "", f"<think>\n{thoughts(m)}\n</think>\n\n" + chatml_calls(m | {"content": m["content"].lstrip("\n")}) + "<|im_end|>")
+        return Said({}, "", f"<think>\n{thoughts(m)}\n</think>\n\n"
+                    + chatml_calls(m | {"content": m["content"].lstrip("\n")}) + "<|im_end|>")
     return Said({"enable_thinking": False}, "", chatml_calls(m | {"content": m["content"].lstrip("\n")}) + "<|im_end|>")
 
 
-QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
-                                                                "</tool_response>")
-QWEN3_MARKED = Family(QWEN3, qwen3_said, *QWEN_TOKENS)                                   # generation marks, and drops reasoning
+QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), ("<think>", "</think>", "<tool_call>", "</tool_call>",
+                                                                "<tool_response>", "</tool_response>")
+QWEN3_MARKED = Family(QWEN3, qwen3_said, *QWEN_TOKENS)  # generation marks, and drops reasoning
 QWEN3_PLAIN = Family(QWEN3.replace("{% generation %}", "").replace("{% endgeneration %}", ""), qwen3_said, *QWEN_TOKENS)
 # The thinking-only releases: the prompt opens the block, and there is no switch.
 QWEN3_THINKING = Family(
     QWEN3_PLAIN.template[:QWEN3_PLAIN.template.rindex("{%- if add_generation_prompt")]
     + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}",
-    lambda m: Said({}, "", qwen3_said(m).generated.removeprefix("<think>\n")) if thoughts(m) else Said({}, "\n</think>\n\n", qwen3_said(m).generated),
-    *QWEN_TOKENS)
+    lambda m: Said({}, "", qwen3_said(m).generated.removeprefix("<think>\n")) if thoughts(m)
+    else Said({}, "\n</think>\n\n", qwen3_said(m).generated), *QWEN_TOKENS)
 
-# ---- SmolLM2: ChatML with a system message of its own ------------------------------------------------------------------------------------
+# ---- SmolLM2: ChatML with a system message of its own ----------------------------------------------------------------
 
 SMOLLM2 = Family("""{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system
 You are SmolLM, a helpful assistant.<|im_end|>
@@ -125,7 +131,7 @@ You are SmolLM, a helpful assistant.<|im_end|>
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}""", lambda m: Said({}, "", m["content"] + "<|im_end|>"), ("<|im_start|>", "<|im_end|>"), split=None)
 
-# ---- SmolLM3: marks that include the header, and a switch that also changes the system message --------------------------------------------
+# ---- SmolLM3: marks that include the header, and a switch that also changes the system message -----------------------
 
 SMOLLM3 = Family("""{%- set mode = '/think' if enable_thinking is not defined or enable_thinking else '/no_think' %}
 {{- '<|im_start|>system\\nReasoning Mode: ' + mode + '<|im_end|>\\n' }}
@@ -140,7 +146,7 @@ SMOLLM3 = Family("""{%- set mode = '/think' if enable_thinking is not defined or
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') }}{%- endif %}""",
                  lambda m: Said({"enable_thinking": False}, "", m["content"].lstrip("\n") + "<|im_end|>"), *QWEN_TOKENS)
 
-# ---- Llama 3: headers, contents trimmed, no white space after the end of a turn ------------------------------------------------------------
+# ---- Llama 3: headers, contents trimmed, no white space after the end of a turn --------------------------------------
 
 LLAMA3_CALL = '{"name": "%s", "parameters": %s}<|eot_id|>'
 LLAMA3 = Family("""{{- bos_token }}
@@ -162,15 +168,18 @@ LLAMA3 = Family("""{{- bos_token }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}""",
-                lambda m: Said({}, "", LLAMA3_CALL % (m["tool_calls"][0]["function"]["name"], dumps(m["tool_calls"][0]["function"]["arguments"]))
+                lambda m: Said({}, "", LLAMA3_CALL % (m["tool_calls"][0]["function"]["name"],
+                                                      dumps(m["tool_calls"][0]["function"]["arguments"]))
                                if m.get("tool_calls") else m["content"].strip() + "<|eot_id|>"),
-                ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), bos="<|begin_of_text|>", eos="<|eot_id|>")
+                ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+                bos="<|begin_of_text|>", eos="<|eot_id|>")
 
-# ---- DeepSeek: V3 knows no reasoning; R1's prompt opens it, and no turn ever shows it; V3.1's prompt opens or closes it ---------------------
+# ---- DeepSeek: V3 knows no reasoning; R1's prompt opens it, and no turn ever shows it; V3.1's prompt opens or closes it 
 
 DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
                    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
-                   "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>",
+                   "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>",
+                   "<｜tool▁outputs▁end｜>",
                    "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>")
 DEEPSEEK = {"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>"}
 DEEPSEEK_HEAD = """{%- set ns = namespace(system='', tool=false, asked=false) -%}
@@ -205,14 +214,17 @@ DEEPSEEK_R1_TEMPLATE = DEEPSEEK_HEAD + """{%- for m in messages -%}
 
 
 def deepseek_r1_said(m):
-    calls = [DEEPSEEK_R1_CALL % (c["function"]["name"], dumps(c["function"]["arguments"])) for c in m.get("tool_calls", [])]
-    said = (f"<｜tool▁calls▁begin｜>{chr(10).join(calls)}<｜tool▁calls▁end｜>" if calls else m["content"]) + "<｜end▁of▁sentence｜>"
+    calls = [DEEPSEEK_R1_CALL % (c["function"]["name"], dumps(c["function"]["arguments"]))
+             for c in m.get("tool_calls", [])]
+    said = (f"<｜tool▁calls▁begin｜>{chr(10).join(calls)}<｜tool▁calls▁end｜>" if calls
+            else m["content"]) + "<｜end▁of▁sentence｜>"
     if m.get("after") == "tool":
         return Said({}, "", said)                            # the model goes on after the results
     return Said({}, "", thoughts(m) + "\n</think>\n\n" + said) if thoughts(m) else Said({}, "\n</think>\n\n", said)
 
 
-DEEPSEEK_R1 = Family(DEEPSEEK_R1_TEMPLATE.replace("THINK", "<think>\\n"), deepseek_r1_said, DEEPSEEK_TOKENS, ("<think>", "</think>"), **DEEPSEEK)
+DEEPSEEK_R1 = Family(DEEPSEEK_R1_TEMPLATE.replace("THINK", "<think>\\n"), deepseek_r1_said, DEEPSEEK_TOKENS,
+                     ("<think>", "</think>"), **DEEPSEEK)
 DEEPSEEK_V3 = Family(DEEPSEEK_R1_TEMPLATE.replace("THINK", "").replace(".split('</think>')[-1]", ""),
                      lambda m: Said({}, "", deepseek_r1_said(m).generated),
                      DEEPSEEK_TOKENS, **DEEPSEEK)
@@ -246,7 +258,7 @@ DEEPSEEK_V31 = Family(DEEPSEEK_HEAD + """{%- set thinking = thinking if thinking
 {%- if add_generation_prompt and ns.asked -%}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}{%- endif -%}""",
                       deepseek_v31_said, DEEPSEEK_TOKENS, ("<think>", "</think>"), **DEEPSEEK)
 
-# ---- GPT-OSS: harmony. Analysis only in the last turn, or in calls not yet answered; <|return|> ends the last answer, <|end|> earlier ones -----
+# ---- GPT-OSS: harmony. Analysis only in the last turn, or in calls not yet answered; <|return|> ends the last answer, <|end|> earlier ones 
 
 GPT_OSS_TEMPLATE = """{{- '<|start|>system<|message|>You are ChatGPT.\\nReasoning: ' + (reasoning_effort or 'medium') }}
 {{- '\\n\\n# Valid channels: analysis, commentary, final.<|end|>' }}
@@ -288,12 +300,16 @@ def gpt_oss_said(m):
     if m.get("tool_calls"):
         f, thinking = m["tool_calls"][0]["function"], thoughts(m) or m["content"]
         said = f" to=functions.{f['name']}<|channel|>commentary json<|message|>{dumps(f['arguments'])}<|call|>"
-        return Said({}, "", f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant{said}" if thinking else said)
+        return Said({}, "",
+                    f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant{said}" if thinking else said)
     said = f"<|channel|>final<|message|>{m['content']}<|return|>"
-    return Said({}, "", f"<|channel|>analysis<|message|>{thoughts(m)}<|end|><|start|>assistant{said}" if thoughts(m) else said)
+    return Said({}, "",
+                f"<|channel|>analysis<|message|>{thoughts(m)}<|end|><|start|>assistant{said}" if thoughts(m) else said)
 
 
-GPT_OSS = Family(GPT_OSS_TEMPLATE, gpt_oss_said, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), eos="<|return|>")
+GPT_OSS = Family(GPT_OSS_TEMPLATE, gpt_oss_said,
+                 ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), eos="<|return|>")
 
-FAMILIES = {"qwen3": QWEN3_PLAIN, "qwen3-marked": QWEN3_MARKED, "qwen3-thinking": QWEN3_THINKING, "smollm2": SMOLLM2, "smollm3": SMOLLM3,
-            "llama3": LLAMA3, "deepseek-v3": DEEPSEEK_V3, "deepseek-r1": DEEPSEEK_R1, "deepseek-v3.1": DEEPSEEK_V31, "gpt-oss": GPT_OSS}
+FAMILIES = {"qwen3": QWEN3_PLAIN, "qwen3-marked": QWEN3_MARKED, "qwen3-thinking": QWEN3_THINKING, "smollm2": SMOLLM2,
+            "smollm3": SMOLLM3, "llama3": LLAMA3, "deepseek-v3": DEEPSEEK_V3, "deepseek-r1": DEEPSEEK_R1,
+            "deepseek-v3.1": DEEPSEEK_V31, "gpt-oss": GPT_OSS}

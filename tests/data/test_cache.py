@@ -25,8 +25,8 @@ from xtf.testing import pool
 
 @pytest.fixture(scope="module")
 def encoder(make_tokenizer):
-    return Encoder(make_tokenizer("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                                  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"))
+    return Encoder(make_tokenizer("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% "
+                                  "endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"))
 
 
 @pytest.fixture
@@ -79,7 +79,8 @@ def test_what_changed_is_made_anew(tmp_path, file, encoder, make_tokenizer, monk
     again = lambda: len(caches(folder))
     assert again() == 1
     other_template = Encoder(make_tokenizer("{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"))
-    for count, (e, changed) in enumerate([(other_template, "template"), (Encoder(encoder.tokenizer, train_on_everything=True), "options")], 2):
+    for count, (e, changed) in enumerate([(other_template, "template"),
+                                          (Encoder(encoder.tokenizer, train_on_everything=True), "options")], 2):
         now = make(e)
         assert again() == count and now[changed] != first[changed]
     lines = file.read_bytes().splitlines(keepends=True)
@@ -90,7 +91,7 @@ def test_what_changed_is_made_anew(tmp_path, file, encoder, make_tokenizer, monk
     file.write_bytes(file.read_bytes() + lines[0])
     make()
     assert again() == 5
-    os.utime(file, ns=(1, 1))                                                 # what a change in the middle of a large file leaves behind
+    os.utime(file, ns=(1, 1))  # what a change in the middle of a large file leaves behind
     make()
     assert again() == 6
     untouched(monkeypatch)
@@ -141,7 +142,7 @@ def test_bad_lines(tmp_path, encoder, monkeypatch):
     assert [(b.file[-7:], b.line) for b in data.stats.bad_lines] == [("b.jsonl", 4), ("b.jsonl", 31), ("b.jsonl", 32)]
     assert data.stats.bad == 3 and data.stats.lines == 47 and len(data) == 44 == data.num_records
     untouched(monkeypatch)
-    with pytest.raises(BadLine, match=r"b\.jsonl:4: "):                       # a cache made with "skip" does not hide them
+    with pytest.raises(BadLine, match=r"b\.jsonl:4: "):  # a cache made with "skip" does not hide them
         tokenized(both, encoder, folder=tmp_path / "c")
     with pytest.raises(ValueError, match="neither"):
         tokenized(both, encoder, folder=tmp_path / "c", on_bad="ignore")
@@ -158,7 +159,8 @@ def test_errors_of_a_worker_arrive(tmp_path, file, make_tokenizer):
 def test_conversations_of_several_samples_stay_together(tmp_path):
     class Thrice(Encoder):
         def many(self, batch):
-            return [[Encoded(np.array([10 * k + t for t in range(4)], np.int32), np.array([t > 1 for t in range(4)]), False)] * 3
+            return [[Encoded(np.array([10 * k + t for t in range(4)], np.int32), np.array([t > 1 for t in range(4)]),
+                             False)] * 3
                     for k in range(len(batch))]
     (tmp_path / "data.jsonl").write_text("{}\n" * 30)
     data = tokenized(str(tmp_path / "data.jsonl"), Thrice(None), folder=tmp_path, chunk_bytes=30, workers=1)
@@ -182,7 +184,8 @@ def test_who_waits_says_what_for(tmp_path, file, encoder):
     said, waiter = [], None
     with cache_module._locked(caches(tmp_path / "c")[0], print) as note:
         note("tokenised 3 of 9 chunks")
-        waiter = threading.Thread(target=tokenized, args=(str(file), encoder), kwargs=dict(folder=tmp_path / "c", say=said.append))
+        waiter = threading.Thread(target=tokenized, args=(str(file), encoder),
+                                  kwargs=dict(folder=tmp_path / "c", say=said.append))
         waiter.start()
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
@@ -211,7 +214,8 @@ def alive(pid):
 
 
 def test_a_builder_that_is_killed_leaves_nothing_half(tmp_path, file, encoder):
-    """SIGKILL at random moments: what is there afterwards is whole or not there, its workers go, the next one builds."""
+    """SIGKILL at random moments: what is there afterwards is whole or not there, its workers go, the next one
+    builds."""
     file.write_bytes(file.read_bytes() * 4)
     wanted = tokenized(str(file), encoder, folder=tmp_path / "whole").fingerprint
     context, moments, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0
@@ -245,7 +249,8 @@ def test_folders_that_cannot_be_used(tmp_path, file, encoder):
     with pytest.raises(OSError, match=r"occupied: tokenised data cannot be kept there .* give another folder"):
         tokenized(str(file), encoder, folder=tmp_path / "occupied")
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1][1]))         # a disk on which no more than 20 KB fit into a file
+    # a disk on which no more than 20 KB fit into a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1][1]))
     try:
         with pytest.raises(OSError, match=r"cannot be kept there .* make room"):
             tokenized(str(file), encoder, folder=tmp_path / "c")
@@ -270,7 +275,8 @@ def test_open_data(tmp_path, file, encoder):
     loader = Loader(mixed, 64, 8)
     assert set(loader.sources(0)) == {str(file), str(half)} and [s.weight for s in mixed] == [0.8, 0.2]
     assert sum(len(s.data) for s in held) and all(s.data.part.held_out for s in held)
-    tokens = [sum(loader.sources(i)[str(file)] for i in range(30)), sum(sum(loader.sources(i).values()) for i in range(30))]
+    tokens = [sum(loader.sources(i)[str(file)] for i in range(30)),
+              sum(sum(loader.sources(i).values()) for i in range(30))]
     assert abs(tokens[0] / tokens[1] - 0.8) < 0.03
     train, held = read([str(half)], eval_data=[str(file)])
     assert len(held) >= 600
@@ -279,8 +285,8 @@ def test_open_data(tmp_path, file, encoder):
         read([str(tmp_path / "empty.jsonl")])
     cursor = loader.cursor(7)
     with pytest.raises(ValueError, match=r"options of .* train_on_everything=True"):
-        Loader(open_data([f"{file}=0.8", f"{half}=0.2"], Encoder(encoder.tokenizer, train_on_everything=True), 64, eval_fraction=0.1, seed=3,
-                         folder=tmp_path / "c")[0], 64, 8).seek(cursor)
+        Loader(open_data([f"{file}=0.8", f"{half}=0.2"], Encoder(encoder.tokenizer, train_on_everything=True), 64,
+                         eval_fraction=0.1, seed=3, folder=tmp_path / "c")[0], 64, 8).seek(cursor)
 
 
 MEMORY = """
@@ -306,7 +312,8 @@ print(json.dumps([built, peak(), data.stats.tokens * 4 / 2**20]))
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """Built and streamed: 10 times the data, whose cache is over 24 MB larger, in at most 8 MB more at the peak."""
-    measured = [json.loads(subprocess.run([sys.executable, "-c", MEMORY, tmp_path / f"{n}.jsonl", tmp_path / "c", str(n)], check=True,
+    measured = [json.loads(subprocess.run([sys.executable, "-c", MEMORY, tmp_path / f"{n}.jsonl", tmp_path / "c",
+                                           str(n)], check=True,
                                           capture_output=True, text=True).stdout) for n in (3_000, 30_000)]
     (built_small, streamed_small, mb_small), (built_large, streamed_large, mb_large) = measured
     assert mb_large - mb_small > 20, measured

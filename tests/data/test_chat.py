@@ -1,4 +1,5 @@
-"""Which tokens carry loss: exactly those that inference would have generated; and every line that cannot be used is named.
+"""Which tokens carry loss: exactly those that inference would have generated; and every line that cannot be used is
+named.
 
 The chat templates are written anew in the manner of published ones."""
 import json
@@ -44,8 +45,9 @@ HEADERS = """{{ bos_token }}{% for m in messages %}<|start_header|>{{ m.role }}<
 # The prompt ends in a space.
 SPACED = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
 
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."},
-        {"role": "user", "content": "And 3+3?"}, {"role": "assistant", "content": "6,\n  of course: ½·12 — 六!"}]
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"},
+        {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "And 3+3?"},
+        {"role": "assistant", "content": "6,\n  of course: ½·12 — 六!"}]
 
 
 def runs(sample):
@@ -59,7 +61,8 @@ def runs(sample):
 
 
 def trained_texts(samples, tokenizer):
-    return [[tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs(s)] for s in samples]
+    return [[tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs(s)]
+            for s in samples]
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
@@ -70,15 +73,16 @@ def test_the_assistants_words_and_end_token_are_trained(make_tokenizer, write, t
     assert trained_texts(samples, tokenizer) == [[TALK[2]["content"] + end, TALK[4]["content"] + end]]
     whole = tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
     n = len(samples[0].ids)
-    assert samples[0].ids.tolist() == whole[:n] and not tokenizer.decode(whole[n:]).strip() and samples[0].mask[-1]    # it ends where the turn does
+    # it ends where the turn does
+    assert samples[0].ids.tolist() == whole[:n] and not tokenizer.decode(whole[n:]).strip() and samples[0].mask[-1]
     assert (stats.samples, stats.tokens, stats.loss_tokens) == (1, n, int(samples[0].mask.sum())) and not stats.notes
     assert samples[0].ids.dtype == torch.int64 and samples[0].mask.dtype == torch.bool
 
 
 def test_dropped_reasoning_makes_one_sample_of_each_turn(make_tokenizer, write):
     tokenizer = make_tokenizer(THINKING)
-    talk = [*TALK[:2], TALK[2] | {"reasoning_content": "Two and two."}, TALK[3], TALK[4] | {"reasoning_content": "Three."},
-            {"role": "user", "content": "Ta."}]
+    talk = [*TALK[:2], TALK[2] | {"reasoning_content": "Two and two."}, TALK[3],
+            TALK[4] | {"reasoning_content": "Three."}, {"role": "user", "content": "Ta."}]
     samples, stats = read_samples(write({"messages": talk}), tokenizer, 512)
     assert trained_texts(samples, tokenizer) == [["<think>\nTwo and two.\n</think>\n\nIt is 4.<|im_end|>"],
                                                  ["<think>\nThree.\n</think>\n\n" + TALK[4]["content"] + "<|im_end|>"]]
@@ -89,8 +93,10 @@ def test_dropped_reasoning_makes_one_sample_of_each_turn(make_tokenizer, write):
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])
-@pytest.mark.parametrize("template, answer, end", [(CHATML, "\n\nIs it?", "<|im_end|>"), (SPACED, "the sum", "<|eot|>")])
-def test_tokens_do_not_cross_the_border_of_prompt_and_answer(make_tokenizer, write, template, answer, end, trim_offsets):
+@pytest.mark.parametrize("template, answer, end",
+                         [(CHATML, "\n\nIs it?", "<|im_end|>"), (SPACED, "the sum", "<|eot|>")])
+def test_tokens_do_not_cross_the_border_of_prompt_and_answer(make_tokenizer, write, template, answer, end,
+                                                             trim_offsets):
     """Where they would in the whole text, the turn is a sample of its own, cut there as inference cuts it."""
     tokenizer = make_tokenizer(template, trim_offsets)
     talk = [*TALK[:2], {"role": "assistant", "content": answer}, *TALK[3:]]
@@ -109,25 +115,31 @@ CONTENT = st.tuples(st.sampled_from(["", "", "\n", "\n\n", " ", "the "]), TEXT).
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), st.booleans())
 def test_prompts_are_what_inference_would_see(make_tokenizer, write, turns, trim_offsets):
-    """Whatever is said, whether or not offsets leave spaces out: before each trained run stand the prompt's own tokens, then all that was said."""
+    """Whatever is said, whether or not offsets leave spaces out: before each trained run stand the prompt's own tokens,
+    then all that was said."""
     tokenizer = make_tokenizer(CHATML, trim_offsets)
-    talk = [m for user, answer in turns for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
+    talk = [m for user, answer in turns
+            for m in ({"role": "user", "content": user}, {"role": "assistant", "content": answer})]
     samples, _ = read_samples(write({"messages": talk}), tokenizer, 10_000)
     wanted = {(*tokenizer.apply_chat_template(talk[:i], add_generation_prompt=True, return_dict=False),
-               *tokenizer(talk[i]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]) for i in range(1, len(talk), 2)}
-    ends = [(s, i + 1) for s in samples for i in range(len(s.ids)) if s.mask[i] and not (i + 1 < len(s.ids) and s.mask[i + 1])]
+               *tokenizer(talk[i]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"])
+              for i in range(1, len(talk), 2)}
+    ends = [(s, i + 1) for s in samples for i in range(len(s.ids)) if s.mask[i]
+            and not (i + 1 < len(s.ids) and s.mask[i + 1])]
     assert {tuple(s.ids[:end].tolist()) for s, end in ends} == wanted and len(ends) == len(turns)
 
 
 def test_train_on_everything(make_tokenizer, write):
     for template in (CHATML, MARKED, THINKING):
-        samples, stats = read_samples(write({"messages": TALK}), make_tokenizer(template), 512, train_on_everything=True)
+        samples, stats = read_samples(write({"messages": TALK}), make_tokenizer(template), 512,
+                                      train_on_everything=True)
         assert len(samples) == 1 and samples[0].mask.tolist() == [False] + [True] * (stats.tokens - 1)
 
 
 def test_text_and_tokens(make_tokenizer, write):
     tokenizer = make_tokenizer(CHATML)
-    file = write({"text": "Return the sum."}, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "id": "x"}, {"input_ids": [5, 6]})
+    file = write({"text": "Return the sum."}, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "id": "x"},
+                 {"input_ids": [5, 6]})
     (text, tokens, bare), stats = read_samples(file, tokenizer, 64)
     assert tokenizer.decode(text.ids) == "Return the sum.<|end_of_text|>" and text.mask.tolist() == [False] + [True] * (len(text.ids) - 1)
     assert tokens.ids.tolist() == [5, 6, 7, 8] and tokens.mask.tolist() == [False, False, True, True]
@@ -137,12 +149,14 @@ def test_text_and_tokens(make_tokenizer, write):
 
 
 def test_truncation_and_samples_without_loss_are_counted(write):
-    file = write({"input_ids": list(range(10)), "labels": [-100] * 4 + list(range(4, 10))}, {"input_ids": [1, 2], "labels": [1, -100]},
-                 {"input_ids": [3]}, {"input_ids": list(range(9)), "labels": [-100] * 8 + [8]})
+    file = write({"input_ids": list(range(10)), "labels": [-100] * 4 + list(range(4, 10))},
+                 {"input_ids": [1, 2], "labels": [1, -100]}, {"input_ids": [3]},
+                 {"input_ids": list(range(9)), "labels": [-100] * 8 + [8]})
     samples, stats = read_samples([file, file], None, 6)
     assert [s.ids.tolist() for s in samples] == [list(range(6))] * 2 and [s.source for s in samples] == [0, 4]
     assert (stats.lines, stats.samples, stats.truncated, stats.tokens_dropped, stats.without_loss) == (8, 2, 4, 14, 6)
-    assert stats.loss_tokens == 4 and all(word in str(stats) for word in ("4 truncated", "14 tokens dropped", "6 dropped"))
+    assert stats.loss_tokens == 4 and all(word in str(stats)
+                                          for word in ("4 truncated", "14 tokens dropped", "6 dropped"))
 
 
 BAD = [
@@ -167,7 +181,8 @@ BAD = [
     (b'{"messages": [{"role": "user"}]}', "content is missing"),
     (b'{"messages": [{"role": "user", "content": [1]}]}', "content[0] is a int"),
     (b'{"messages": [{"role": "user", "content": "a", "weight": 2}]}', "weight is 2"),
-    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "cannot render tool_calls"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}',
+     "cannot render tool_calls"),
     (b'{"messages": [{"role": "user", "content": "a"}], "tools": "x"}', "tools"),
     (b'{"input_ids": []}', "input_ids"),
     (b'{"input_ids": [true]}', "input_ids"),
@@ -206,7 +221,8 @@ def test_wrong_arguments(make_tokenizer, write):
 
 
 KEYS = st.sampled_from(["messages", "text", "input_ids", "labels", "role", "content"])
-SCALARS = st.none() | st.booleans() | st.integers(-9, 10**20) | st.text(max_size=5) | st.sampled_from(["user", "assistant"])
+SCALARS = st.none() | st.booleans() | st.integers(-9,
+                                                  10**20) | st.text(max_size=5) | st.sampled_from(["user", "assistant"])
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS, x, max_size=3))
 JUNK = st.binary(max_size=40).map(lambda b: b.replace(b"\n", b" ")) | JSON.map(lambda x: json.dumps(x).encode())
 GOOD = st.text(string.printable + "é漢🙂\u2028", max_size=9)
@@ -217,7 +233,8 @@ GOOD = st.text(string.printable + "é漢🙂\u2028", max_size=9)
 def test_no_line_crashes_and_no_good_line_is_lost(make_tokenizer, write, drawn):
     tokenizer = make_tokenizer(CHATML)
     wanted = [f"good {i}: {text}" for i, (_, text) in enumerate(drawn)]
-    lines = [line for (junk, _), text in zip(drawn, wanted, strict=True) for line in (junk, json.dumps({"text": text}, ensure_ascii=False).encode())]
+    lines = [line for (junk, _), text in zip(drawn, wanted, strict=True)
+             for line in (junk, json.dumps({"text": text}, ensure_ascii=False).encode())]
     samples, stats = read_samples(write(*lines), tokenizer, 256, on_bad="skip")
     assert [t for s in samples if (t := tokenizer.decode(s.ids[:-1])).startswith("good ")] == wanted
     assert stats.lines == len(lines) and stats.bad + stats.samples + stats.without_loss >= len(lines)
@@ -233,7 +250,8 @@ def test_an_encoder_goes_to_other_processes_and_says_what_it_depends_on(make_tok
     changed = make_tokenizer(CHATML)
     changed.add_tokens(["hello"])
     for other, key in ((Encoder(make_tokenizer(MARKED)), "template"), (Encoder(changed), "tokenizer"),
-                       (Encoder(encoder.tokenizer, train_on_everything=True), "options"), (Encoder(encoder.tokenizer, vocab_size=10_000), "options")):
+                       (Encoder(encoder.tokenizer, train_on_everything=True), "options"),
+                       (Encoder(encoder.tokenizer, vocab_size=10_000), "options")):
         assert {k for k in before if other.fingerprint[k] != before[k]} == {key}
 
 

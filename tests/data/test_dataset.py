@@ -13,7 +13,8 @@ DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.booleans(), st.integers(0,
 
 
 def write(tmp, documents, name="data.jsonl"):
-    """Documents (length, splittable, first position with loss) as pre-tokenised lines; ids tell the document and position."""
+    """Documents (length, splittable, first position with loss) as pre-tokenised lines; ids tell the document and
+    position."""
     ids = np.cumsum([0] + [n for n, _, _ in documents]).tolist()
     rows = []
     for (n, splittable, first), at in zip(documents, ids, strict=False):
@@ -52,13 +53,15 @@ def test_samples_are_those_of_plain_lists(tmp_path_factory, documents, seq_len):
     predicted = [ids[i] for ids, mask in wanted for i in range(len(ids)) if mask[i]]
     assert len(set(predicted)) == len(predicted) == stats.loss_tokens                         # each token at most once
     ends = np.cumsum([n for n, _, _ in documents])
-    once = {t for (n, splittable, _), end in zip(documents, ends, strict=True) if splittable for t in range(end - n + 1, end)}
-    assert once <= set(predicted)                                                            # of texts, each but the first
+    once = {t for (n, splittable, _), end in zip(documents, ends, strict=True) if splittable
+            for t in range(end - n + 1, end)}
+    assert once <= set(predicted)  # of texts, each but the first
     assert stats.samples == len(wanted) and stats.tokens == len({t for ids, _ in wanted for t in ids})
     chats = [(n, first) for n, splittable, first in documents if not splittable]
     kept_chats = [(n, first) for n, first in chats if max(first, 1) < min(n, seq_len)]
     assert stats.truncated == sum(n > seq_len for n, _ in kept_chats) and stats.tokens_dropped == sum(max(0, n - seq_len) for n, _ in kept_chats)
-    assert stats.without_loss == len(chats) - len(kept_chats) + sum(n == 1 for n, splittable, _ in documents if splittable)
+    assert stats.without_loss == len(chats) - len(kept_chats) + sum(n == 1 for n, splittable, _ in documents
+                                                                    if splittable)
     assert stats.lines == len(documents)
 
 
@@ -76,7 +79,8 @@ def test_loader_and_evaluation_of_a_dataset_are_those_of_its_samples(tmp_path_fa
     for x, y in zip(eval_batches(data, 20, packs), eval_batches(listed, 20, packs), strict=True):
         assert all(torch.equal(p, q) for p, q in zip(vars(x).values(), vars(y).values(), strict=True))
     loss = torch.cat([b.labels[b.loss_mask > 0] for b in eval_batches(data, 20, packs, window=7)]).tolist()
-    assert sorted(loss) == sorted(t for ids, mask in expected(documents, 20) for t, m in zip(ids, mask, strict=True) if m)
+    assert sorted(loss) == sorted(t for ids, mask in expected(documents, 20) for t, m in zip(ids, mask, strict=True)
+                                  if m)
 
 
 def test_a_split_document_is_predicted_once_in_an_epoch(tmp_path):
@@ -87,7 +91,7 @@ def test_a_split_document_is_predicted_once_in_an_epoch(tmp_path):
         batch = loader.step(i)
         seen += batch.labels[batch.loss_mask > 0].tolist()
         context = batch.input_ids[batch.loss_mask > 0]
-        assert (batch.labels[batch.loss_mask > 0] == context + 1).all()                      # what is predicted follows what is read
+        assert (batch.labels[batch.loss_mask > 0] == context + 1).all()  # what is predicted follows what is read
         i += 1
     assert sorted(seen) == [t for t in range(5 + 10_007 + 3) if t not in (0, 5, 10_012)]
 

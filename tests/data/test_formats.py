@@ -11,7 +11,8 @@ ASK, ANSWER = {"role": "user", "content": "What is 2+2?"}, {"role": "assistant",
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
 SAME = {
     "openai": {"messages": [ASK, ANSWER]},
-    "parts": {"messages": [ASK | {"content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]}, ANSWER]},
+    "parts":
+    {"messages": [ASK | {"content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2+2?"}]}, ANSWER]},
     "sharegpt": {"conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
     "sharegpt with roles": {"conversations": [ASK, ANSWER]},
     "alpaca": {"instruction": "What is 2+2?", "input": "", "output": "4"},
@@ -22,7 +23,8 @@ SAME = {
     # what GraphGen writes
     "graphgen chatml": {"_trace_id": "1f", "messages": [ASK | {"content": [{"text": "What is 2+2?", "image": ""}]},
                                                         ANSWER | {"content": [{"type": "text", "text": "4"}]}]},
-    "graphgen sharegpt": {"_trace_id": "1f", "conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
+    "graphgen sharegpt": {"_trace_id": "1f",
+                          "conversations": [{"from": "human", "value": "What is 2+2?"}, {"from": "gpt", "value": "4"}]},
     "graphgen alpaca": {"_trace_id": "1f", "instruction": "What is 2+2?", "input": "", "output": "4", "image": ""},
     "graphgen qa": {"_trace_id": "1f", "question": "What is 2+2?", "answer": "4"},
 }
@@ -35,10 +37,12 @@ def test_many_ways_to_write_one_conversation(name):
 
 
 def test_system_history_and_input():
-    chat = read({"system": "Be brief.", "history": [["Hi", "Hello"]], "instruction": "Add.", "input": "2+2", "output": "4"})
+    chat = read({"system": "Be brief.", "history": [["Hi", "Hello"]], "instruction": "Add.", "input": "2+2",
+                 "output": "4"})
     assert [(m["role"], m["content"]) for m in chat.messages] == [
         ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add.\n2+2"), ("assistant", "4")]
-    chat = read({"system": "Be brief.", "conversations": SAME["sharegpt"]["conversations"], "tools": json.dumps([CALL])})
+    chat = read({"system": "Be brief.", "conversations": SAME["sharegpt"]["conversations"],
+                 "tools": json.dumps([CALL])})
     assert chat.messages[0] == {"role": "system", "content": "Be brief."} and chat.tools == [CALL]
 
 
@@ -46,14 +50,18 @@ def test_calls_results_and_reasoning_have_one_shape():
     written = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
     tool = {"role": "tool", "content": "4", "tool_call_id": "c1"}
     openai = read({"messages": [ASK, {"role": "assistant", "content": None, "tool_calls": [written]}, tool, ANSWER]})
-    assert openai.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "c1"}]} and openai.messages[2] == tool
-    legacy = read({"messages": [ASK, {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": {"a": 2, "b": 2}}},
+    assert openai.messages[1] == {"role": "assistant", "content": None,
+                                  "tool_calls": [CALL | {"id": "c1"}]} and openai.messages[2] == tool
+    legacy = read({"messages": [ASK, {"role": "assistant", "content": None,
+                                      "function_call": {"name": "add", "arguments": {"a": 2, "b": 2}}},
                                 {"role": "function", "name": "add", "content": "4"}]})
     sharegpt = read({"conversations": [{"from": "human", "value": "What is 2+2?"},
-                                       {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2, "b": 2}}'},
+                                       {"from": "function_call",
+                                        "value": '{"name": "add", "arguments": {"a": 2, "b": 2}}'},
                                        {"from": "observation", "value": "4"}]})
     for chat in (legacy, sharegpt):
-        assert chat.messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]} and chat.messages[2]["role"] == "tool"
+        assert chat.messages[1] == {"role": "assistant", "content": None,
+                                    "tool_calls": [CALL]} and chat.messages[2]["role"] == "tool"
     for key in ("reasoning_content", "thinking", "reasoning"):
         thought = read({"messages": [ASK, ANSWER | {key: "Two and two."}]}).messages[1]
         assert thought == ANSWER | {"reasoning_content": "Two and two.", "thinking": "Two and two."}
@@ -61,8 +69,8 @@ def test_calls_results_and_reasoning_have_one_shape():
 
 
 def test_flags_of_loss():
-    for flag, wanted in (({"loss": False}, False), ({"weight": 0}, False), ({"loss": True}, True), ({"weight": 1.0}, True),
-                         ({"loss": 0, "weight": 0}, False)):
+    for flag, wanted in (({"loss": False}, False), ({"weight": 0}, False), ({"loss": True}, True),
+                         ({"weight": 1.0}, True), ({"loss": 0, "weight": 0}, False)):
         chat = read({"messages": [ASK | {"loss": False}, ANSWER | flag, ASK | {"weight": 0}, ANSWER]})
         assert chat.loss == [False, wanted, False, True] and chat.messages == [ASK, ANSWER, ASK, ANSWER]
 
@@ -97,14 +105,18 @@ WRONG = [
     ({"conversations": [1]}, "conversations[0] is a int"),
     ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations[0] is from the unknown role 'robot'"),
     ({"system": "s", "conversations": [{"from": "human", "value": 3}]}, "conversations[0].value is a int"),
-    ({"conversations": [{"from": "function_call", "value": "{"}]}, "conversations[0]: a function_call that is not JSON"),
+    ({"conversations": [{"from": "function_call", "value": "{"}]},
+     "conversations[0]: a function_call that is not JSON"),
     ({"conversations": [{"from": "human", "value": "a"}], "tools": "["}, "tools is a string that is not JSON"),
-    ({"messages": [ASK | {"content": [{"type": "image_url", "image_url": {"url": "a"}}]}]}, "messages[0].content[0] is 'image_url'"),
+    ({"messages": [ASK | {"content": [{"type": "image_url", "image_url": {"url": "a"}}]}]},
+     "messages[0].content[0] is 'image_url'"),
     ({"messages": [ASK | {"content": [{"text": "a", "image": "cat.png"}]}]}, "messages[0].content[0] is 'image'"),
     ({"messages": [ASK, {"role": "assistant", "tool_calls": [{}]}]}, "messages[1].tool_calls[0] has no function name"),
     ({"messages": [ASK, {"role": "assistant", "tool_calls": "a"}]}, "tool_calls is a str"),
-    ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments are not JSON"),
-    ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "arguments are a list"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+     "arguments are not JSON"),
+    ({"messages": [ASK, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+     "arguments are a list"),
     ({"messages": [ASK, ANSWER | {"thinking": True}]}, "messages[1].thinking is a bool"),
     ({"messages": [ASK, ANSWER | {"loss": "no"}]}, "messages[1].loss is 'no'"),
     ({"messages": [ASK, ANSWER | {"weight": 0.5}]}, "messages[1].weight is 0.5"),

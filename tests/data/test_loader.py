@@ -1,4 +1,5 @@
-"""Order by seed alone: any mesh gets its part of the same global batches; epochs, cursors, evaluation and splits lose nothing."""
+"""Order by seed alone: any mesh gets its part of the same global batches; epochs, cursors, evaluation and splits lose
+nothing."""
 import itertools
 import json
 from collections import Counter
@@ -62,10 +63,12 @@ def test_ranks_hold_the_parts_of_one_global_batch(lengths, seed, i, sizes):
         if t == 0:
             rows.setdefault((r, d, e), []).append(part)
     for leaf in ("input_ids", "positions", "segments"):
-        assert all(torch.equal(getattr(p, leaf), getattr(parts_of[0], leaf)) for parts_of in rows.values() for p in parts_of)
+        assert all(torch.equal(getattr(p, leaf), getattr(parts_of[0], leaf)) for parts_of in rows.values()
+                   for p in parts_of)
         assert torch.equal(dealt([getattr(p[0], leaf) for p in rows.values()]), getattr(whole, leaf))
     for leaf in ("labels", "loss_mask"):
-        assert torch.equal(dealt([torch.cat([getattr(p, leaf) for p in parts_of], 1) for parts_of in rows.values()]), getattr(whole, leaf))
+        assert torch.equal(dealt([torch.cat([getattr(p, leaf) for p in parts_of], 1) for parts_of in rows.values()]),
+                           getattr(whole, leaf))
 
 
 def dealt(parts):
@@ -84,7 +87,8 @@ def test_a_real_mesh_cuts_alike():
         mine = cut(batch, init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "ep", "sp")))
     finally:
         dist.destroy_process_group()
-    assert torch.equal(mine.input_ids, batch.input_ids[2:3]) and torch.equal(mine.labels, batch.labels[2:3, 8:])  # rank 5 is dp=1, ep=0, sp=1
+    # rank 5 is dp=1, ep=0, sp=1
+    assert torch.equal(mine.input_ids, batch.input_ids[2:3]) and torch.equal(mine.labels, batch.labels[2:3, 8:])
 
 
 def test_what_does_not_divide_is_named():
@@ -110,13 +114,16 @@ def test_each_epoch_takes_each_sample_once_and_goes_on(lengths, packs_per_step, 
     while len(of_epoch) < 3 * len(lengths):
         packs.append(loader.step(len(packs)).input_ids)
         of_epoch += (packs[-1][packs[-1] > 0].unique() - 1).tolist()
-        assert sorted(lengths[i] for i in (packs[-1][packs[-1] > 0].unique() - 1).tolist()) == sorted(loader.documents(len(packs) - 1))
+        assert sorted(lengths[i] for i in (packs[-1][packs[-1] > 0].unique()
+                                           - 1).tolist()) == sorted(loader.documents(len(packs) - 1))
     for e in range(3):
         assert sorted(of_epoch[e * len(lengths):(e + 1) * len(lengths)]) == list(range(len(lengths)))
-    steps = Loader(samples_of(lengths), SEQ_LEN, packs_per_step, seed=3, window=window)      # the same packs, some at a time, the dearest first
+    # the same packs, some at a time, the dearest first
+    steps = Loader(samples_of(lengths), SEQ_LEN, packs_per_step, seed=3, window=window)
     for i in range(len(packs) // packs_per_step):
         step = steps.step(i)
-        assert sorted(step.input_ids.tolist()) == sorted(torch.cat(packs[i * packs_per_step:(i + 1) * packs_per_step]).tolist())
+        assert sorted(step.input_ids.tolist()) == sorted(torch.cat(packs[i * packs_per_step:(i + 1)
+                                                                         * packs_per_step]).tolist())
         costs = (step.segments.diff().long() ** 2).sum(1)
         assert costs.tolist() == sorted(costs.tolist(), reverse=True)
 
@@ -126,7 +133,8 @@ def test_epochs_and_seeds_differ():
     take = lambda loader, start: torch.cat([loader.step(start + i).input_ids for i in range(20)])
     loader = Loader(samples, SEQ_LEN, 1, 0)
     start = next(i for i in range(200) if loader.cursor(i)["epoch"] == 1)
-    assert not torch.equal(take(loader, 0), take(Loader(samples, SEQ_LEN, 1, 1), 0)) and not torch.equal(take(loader, 0), take(loader, start))
+    assert not torch.equal(take(loader, 0), take(Loader(samples, SEQ_LEN, 1, 1),
+                                                 0)) and not torch.equal(take(loader, 0), take(loader, start))
     longest = [max(loader.documents(i)) for i in range(start)]
     assert longest != sorted(longest, reverse=True)  # not best-fit's order, longest first
     tokens = sum(sum(loader.documents(i)) for i in range(start))
@@ -134,7 +142,8 @@ def test_epochs_and_seeds_differ():
 
 
 @settings(max_examples=25, deadline=None)
-@given(LENGTHS, st.integers(1, 4), st.lists(st.integers(0, 25), min_size=1, max_size=6), st.integers(0, 25), st.integers(1, 20), st.booleans())
+@given(LENGTHS, st.integers(1, 4), st.lists(st.integers(0, 25), min_size=1, max_size=6), st.integers(0, 25),
+       st.integers(1, 20), st.booleans())
 def test_steps_are_a_function_of_their_number(lengths, packs_per_step, order, resume, window, grouped):
     make = lambda: Loader(samples_of(lengths), SEQ_LEN, packs_per_step, window=window, group_by_length=grouped)
     ascending, jumping, resumed = make(), make(), make()
@@ -159,9 +168,12 @@ def test_a_resumed_loader_draws_nothing_of_what_came_before(monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (dict(seq_len=32), r"seq_len \(16 then, 32 now\)"), (dict(packs_per_step=2), "packs_per_step"), (dict(seed=1), "seed"),
-    (dict(max_documents=7), "max_documents"), (dict(window=9), "window"), (dict(group_by_length=True), "group_by_length"),
-    (dict(samples=samples_of([4, 5, 15])), "data"), (dict(samples=[*samples_of([4, 5]), Sample([3] * 16, [1] * 15 + [0])]), "data"),
+    (dict(seq_len=32), r"seq_len \(16 then, 32 now\)"), (dict(packs_per_step=2), "packs_per_step"),
+    (dict(seed=1), "seed"),
+    (dict(max_documents=7), "max_documents"), (dict(window=9), "window"),
+    (dict(group_by_length=True), "group_by_length"),
+    (dict(samples=samples_of([4, 5, 15])), "data"),
+    (dict(samples=[*samples_of([4, 5]), Sample([3] * 16, [1] * 15 + [0])]), "data"),
     (dict(samples=[Source("a", samples_of([4, 5, 16]), 1.0), Source("b", samples_of([3]), 2.0)]), "weight of b")])
 def test_a_cursor_of_another_order_is_refused(change, named):
     make = lambda **kw: Loader(**{**dict(samples=samples_of([4, 5, 16]), seq_len=SEQ_LEN, packs_per_step=1), **kw})
@@ -177,22 +189,26 @@ def test_grouping_by_length_puts_packs_of_like_cost_in_one_step(packs_per_step):
     samples = samples_of(torch.randint(2, 33, (400,), generator=generator).tolist())
     num_packs = next(i for i in range(1000) if Loader(samples, 64, 1).cursor(i)["epoch"] == 1)
     num_steps = -(-num_packs // packs_per_step)
-    plain, grouped = ([Loader(samples, 64, packs_per_step, group_by_length=g).step(i) for i in range(num_steps)] for g in (False, True))
+    plain, grouped = ([Loader(samples, 64, packs_per_step, group_by_length=g).step(i) for i in range(num_steps)]
+                      for g in (False, True))
     costs = lambda steps: [(b.segments.diff().long() ** 2).sum(1) for b in steps]
     spread = lambda steps: sum(int(c.max() - c.min()) for c in costs(steps)[:num_steps - 2])
     assert spread(grouped) < spread(plain) / 4
     means = [c.double().mean().item() for c in costs(grouped)]
-    assert means != sorted(means) and means != sorted(means, reverse=True)                   # but cheap and dear steps come mixed
-    for steps in (plain, grouped):                                                           # and each sample once, as ever
+    assert means != sorted(means) and means != sorted(means, reverse=True)  # but cheap and dear steps come mixed
+    for steps in (plain, grouped):  # and each sample once, as ever
         seen = Counter(torch.cat([b.input_ids for b in steps]).flatten().tolist())
         assert all(seen[i + 1] >= len(s.ids) for i, s in enumerate(samples))
-    assert Loader(samples, 64, packs_per_step, group_by_length=True).efficiency() == Loader(samples, 64, packs_per_step).efficiency()
+    assert Loader(samples, 64, packs_per_step, group_by_length=True).efficiency() == Loader(samples, 64,
+                                                                                            packs_per_step).efficiency()
 
 
 @pytest.mark.parametrize("ranks_", [2, 4, 8])
 def test_ranks_finish_micro_batches_together(ranks_):
-    """Dealt in turn from packs sorted by cost, the ranks' j-th packs differ less than when each rank takes a stretch as it comes."""
-    samples = samples_of([min(256, int(x)) + 2 for x in torch.empty(2000).log_normal_(3, 1.2, generator=torch.Generator().manual_seed(1))])
+    """Dealt in turn from packs sorted by cost, the ranks' j-th packs differ less than when each rank takes a stretch as
+    it comes."""
+    samples = samples_of([min(256, int(x)) + 2
+                          for x in torch.empty(2000).log_normal_(3, 1.2, generator=torch.Generator().manual_seed(1))])
     loader = Loader(samples, 260, 4 * ranks_)
     waits, unsorted = 0, 0
     for i in range(10):
@@ -212,7 +228,8 @@ def test_evaluation_sees_each_sample_once_on_any_mesh(lengths, sizes):
     for mesh in ranks(**sizes):
         if mesh.coordinate == () or "tp" not in sizes or mesh.coordinate[list(sizes).index("tp")] == 0:
             for batch in eval_batches(samples, SEQ_LEN, 4, mesh):
-                assert batch.loss_mask.shape[1] * dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)).get("sp", 1) == SEQ_LEN
+                assert batch.loss_mask.shape[1] * dict(zip(mesh.mesh_dim_names, mesh.shape,
+                                                           strict=True)).get("sp", 1) == SEQ_LEN
                 count.index_add_(0, batch.labels.flatten(), batch.loss_mask.flatten())
     assert count.tolist() == [0, *(n - 1 for n in lengths)]
     assert {b.input_ids.shape for b in eval_batches(samples, SEQ_LEN, 4)} <= {(4, SEQ_LEN)}

@@ -24,7 +24,8 @@ def slow_best_fit(lengths, seq_len, max_documents):
     return packs
 
 
-PROBLEMS = st.integers(2, 40).flatmap(lambda t: st.tuples(st.lists(st.integers(1, t), max_size=60), st.just(t), st.sampled_from([2, 3, 5, 9, 99])))
+PROBLEMS = st.integers(2, 40).flatmap(lambda t: st.tuples(st.lists(st.integers(1, t), max_size=60), st.just(t),
+                                                          st.sampled_from([2, 3, 5, 9, 99])))
 
 
 @settings(max_examples=200, deadline=None)
@@ -35,7 +36,8 @@ def test_best_fit(problem):
     assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
     assert all(p and len(p) < max_documents and sum(lengths[i] for i in p) <= seq_len for p in packs)
     if max_documents == 99:  # where packs never run out of documents, ties do not matter to how full they get
-        assert sorted(sum(lengths[i] for i in p) for p in packs) == sorted(map(sum, slow_best_fit(lengths, seq_len, max_documents)))
+        assert sorted(sum(lengths[i] for i in p)
+                      for p in packs) == sorted(map(sum, slow_best_fit(lengths, seq_len, max_documents)))
     for a, b in itertools.combinations(packs, 2):
         room_for_both = len(a) + len(b) < max_documents
         assert not room_for_both or sum(lengths[i] for i in a + b) > seq_len  # two packs that fit into one never remain
@@ -50,15 +52,18 @@ def test_every_document_can_be_read_back_from_its_pack(problem, random):
     packs = best_fit(lengths, seq_len, max_documents)
     for indices in packs:
         batch = pack([samples[i] for i in indices], seq_len, max_documents)
-        ids, labels, mask, positions, segments = (x[0] for x in (batch.input_ids, batch.labels, batch.loss_mask, batch.positions, batch.segments))
-        assert [x.dtype for x in (ids, labels, mask, positions, segments)] == [torch.int64, torch.int64, torch.float32, torch.int64, torch.int32]
+        ids, labels, mask, positions, segments = (x[0] for x in (batch.input_ids, batch.labels, batch.loss_mask,
+                                                                 batch.positions, batch.segments))
+        assert [x.dtype for x in (ids, labels, mask, positions, segments)] == [torch.int64, torch.int64, torch.float32,
+                                                                               torch.int64, torch.int32]
         assert len(segments) == max_documents + 1 and segments[0] == 0 and segments[-1] == seq_len and bool((segments.diff() >= 0).all())
         bounds = segments.unique().tolist()
         documents = list(itertools.pairwise(bounds))
         assert len(documents) == len(indices) + (sum(lengths[i] for i in indices) < seq_len)
         for (start, end), i in zip(documents, indices, strict=False):
             assert torch.equal(ids[start:end], samples[i].ids)
-            assert torch.equal(labels[start:end - 1], samples[i].ids[1:]) and torch.equal(mask[start:end - 1], samples[i].mask[1:].float())
+            assert torch.equal(labels[start:end - 1], samples[i].ids[1:]) and torch.equal(mask[start:end - 1],
+                                                                                          samples[i].mask[1:].float())
             assert mask[end - 1] == 0
         assert all(positions[start:end].tolist() == list(range(end - start)) for start, end in documents)
         assert mask[documents[len(indices) - 1][1]:].sum() == 0
@@ -66,11 +71,12 @@ def test_every_document_can_be_read_back_from_its_pack(problem, random):
 
 def test_pack_refuses_what_does_not_fit():
     one = Sample([1, 2, 3], [0, 1, 1])
-    for samples, message in [([one, one], "do not fit"), ([Sample([1], [1])] * 4, "max_documents=3"), ([one, Sample([], [])], "sample 1"),
-                             ([Sample([1, 2], [1])], "shape")]:
+    for samples, message in [([one, one], "do not fit"), ([Sample([1], [1])] * 4, "max_documents=3"),
+                             ([one, Sample([], [])], "sample 1"), ([Sample([1, 2], [1])], "shape")]:
         with pytest.raises(ValueError, match=message):
             pack(samples, 5, 3)
-    for lengths, documents, message in [([6], 4, "sample 0 has 6 tokens"), ([0], 4, "outside"), ([1], 1, "max_documents=1")]:
+    for lengths, documents, message in [([6], 4, "sample 0 has 6 tokens"), ([0], 4, "outside"),
+                                        ([1], 1, "max_documents=1")]:
         with pytest.raises(ValueError, match=message):
             best_fit(lengths, 5, documents)
 
@@ -82,7 +88,8 @@ def test_a_pack_of_nothing_is_padding():
 
 
 def test_large_and_tight():
-    """100,000 conversations of log-normal length (median 400 tokens): under 2 s of processor time, over 99% of positions used."""
+    """100,000 conversations of log-normal length (median 400 tokens): under 2 s of processor time, over 99% of
+    positions used."""
     lengths = np.clip(np.random.default_rng(0).lognormal(6, 0.9, 100_000), 2, 4096).astype(int).tolist()
     start = time.process_time()
     packs = best_fit(lengths, 4096, 256)

@@ -21,7 +21,8 @@ def rows(path, chunk_bytes=1 << 20):
 
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("b.jsonl", "a/c.json", "a/deep/d.parquet", "a/e.ndjson", "a/readme.md", ".hidden/f.jsonl", "dataset_info.json", "a/g.jsonl.gz"):
+    for name in ("b.jsonl", "a/c.json", "a/deep/d.parquet", "a/e.ndjson", "a/readme.md", ".hidden/f.jsonl",
+                 "dataset_info.json", "a/g.jsonl.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
     return tmp_path
@@ -46,7 +47,8 @@ def test_what_cannot_be_resolved_is_named(tree, monkeypatch):
     (tree / "packed" / "x.jsonl.zst").touch()
     for data, error, reason in [("empty", ValueError, "no .jsonl"), ("packed", ValueError, "unpack .*x.jsonl.zst"),
                                 ("a/g.jsonl.gz", ValueError, "unpack it"),
-                                ("a/*.gz", ValueError, "is packed"), ("nothing.jsonl", FileNotFoundError, "no such file"),
+                                ("a/*.gz", ValueError, "is packed"),
+                                ("nothing.jsonl", FileNotFoundError, "no such file"),
                                 ("*.nothing", FileNotFoundError, "no file matches")]:
         with pytest.raises(error, match=f"--data .*{reason}"):
             resolve(str(tree / data))
@@ -80,9 +82,11 @@ def test_modelscope_is_an_extra(monkeypatch):
 
 def test_modelscope_gives_a_folder(monkeypatch, tmp_path):
     (tmp_path / "x.jsonl").write_text("{}\n")
-    module = type("module", (), {"snapshot_download": lambda name, **_: str(tmp_path), "dataset_snapshot_download": lambda name, **_: str(tmp_path)})
+    module = type("module", (), {"snapshot_download": lambda name, **_: str(tmp_path),
+                                 "dataset_snapshot_download": lambda name, **_: str(tmp_path)})
     monkeypatch.setitem(__import__("sys").modules, "modelscope", module)
-    assert resolve("modelscope://org/name") == [tmp_path / "x.jsonl"] and model_path("modelscope://org/name") == tmp_path
+    assert resolve("modelscope://org/name") == [tmp_path
+                                                / "x.jsonl"] and model_path("modelscope://org/name") == tmp_path
 
 
 def test_a_model_is_a_directory(tmp_path):
@@ -105,10 +109,12 @@ def test_every_line_is_in_one_chunk(tmp_path, end):
     for chunk_bytes in (1, 7, 100, 1000, 1 << 20):
         chunks = split_file(path, chunk_bytes)
         assert [row for c in chunks for _, row in records(c)] == wanted
-        assert [(c.start, c.stop) for c in chunks] == list(zip([0, *(c.stop for c in chunks)], [c.stop for c in chunks], strict=False))
+        assert [(c.start, c.stop)
+                for c in chunks] == list(zip([0, *(c.stop for c in chunks)], [c.stop for c in chunks], strict=False))
         assert all([i for i, _ in records(c)] == list(range(len(list(records(c))))) for c in chunks[:5])
         longest = max(map(len, lines)) + 1
-        assert all(c.stop - c.start <= chunk_bytes + longest for c in chunks) and pickle.loads(pickle.dumps(chunks)) == chunks
+        assert all(c.stop - c.start <= chunk_bytes + longest
+                   for c in chunks) and pickle.loads(pickle.dumps(chunks)) == chunks
 
 
 def test_lines_longer_than_blocks(tmp_path, monkeypatch):
@@ -144,10 +150,12 @@ def test_a_json_array(tmp_path):
 
 
 def test_parquet(tmp_path):
-    messages = [[{"role": "user", "content": f"q{i}", "tool_calls": None}, {"role": "assistant", "content": "a", "tool_calls": None if i % 2 else [
+    messages = [[{"role": "user", "content": f"q{i}", "tool_calls": None},
+                 {"role": "assistant", "content": "a", "tool_calls": None if i % 2 else [
         {"function": {"name": "f", "arguments": '{"x": null}'}}]}] for i in range(700)]
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"messages": messages, "source": [None if i % 3 else "web" for i in range(700)]}), path, row_group_size=100)
+    pq.write_table(pa.table({"messages": messages, "source": [None if i % 3 else "web" for i in range(700)]}), path,
+                   row_group_size=100)
     for chunk_bytes in (1, 20_000, 1 << 30):
         found = rows(path, chunk_bytes)
         assert len(found) == 700 and ("source" in found[0]) and ("source" not in found[1])
@@ -158,11 +166,14 @@ def test_parquet(tmp_path):
 
 def test_parquet_of_tokens_comes_as_arrays(tmp_path):
     path, ids = tmp_path / "x.parquet", [list(range(1, 1 + n)) for n in (3, 1, 5)]
-    pq.write_table(pa.table({"input_ids": pa.array([*ids, None], pa.list_(pa.int32())), "labels": [[-100, *x[1:]] for x in ids] + [[5]]}), path)
+    pq.write_table(pa.table({"input_ids": pa.array([*ids, None], pa.list_(pa.int32())),
+                             "labels": [[-100, *x[1:]] for x in ids] + [[5]]}), path)
     found = rows(path)
     assert all(isinstance(r["input_ids"], np.ndarray) for r in found[:3]) and "input_ids" not in found[3]
     encoded = [Encoder(None)(r)[0] for r in found[:3]]
-    assert [e.ids.tolist() for e in encoded] == ids and [e.mask.tolist() for e in encoded] == [[False, True, True], [False], [False] + [True] * 4]
+    assert [e.ids.tolist() for e in encoded] == ids and [e.mask.tolist() for e in encoded] == [[False, True, True],
+                                                                                               [False],
+                                                                                               [False] + [True] * 4]
 
 
 def test_parquet_and_jsonl_give_the_same_samples(tmp_path, write):

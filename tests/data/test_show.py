@@ -7,11 +7,13 @@ from xtf.data import Sample, pack
 from xtf.data.chat import Encoder
 from xtf.data.show import show
 
-TALK = [{"role": "user", "content": "Where\tis Orléans — 六?"}, {"role": "assistant", "content": "In France.\nSur la Loire ½."}]
+TALK = [{"role": "user", "content": "Where\tis Orléans — 六?"},
+        {"role": "assistant", "content": "In France.\nSur la Loire ½."}]
 
 
 def printed(what, tokenizer=None, color=None, **options) -> str:
-    console = Console(width=100, color_system=color, force_terminal=color is not None, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, color_system=color, force_terminal=color is not None, record=True,
+                      file=open("/dev/null", "w"))
     with console.file:
         show(what, tokenizer, console, **options)
     return console.export_text(styles=color is not None)
@@ -32,7 +34,8 @@ def test_colour_follows_the_loss(make_tokenizer):
 
 
 def test_each_document_of_a_batch(make_tokenizer):
-    batch = pack([Sample([5, 6, 7, 1], [False, True, True, False]), Sample([8, 9], [False, True])], seq_len=10, max_documents=4)
+    batch = pack([Sample([5, 6, 7, 1], [False, True, True, False]), Sample([8, 9], [False, True])], seq_len=10,
+                 max_documents=4)
     lines = printed(batch).splitlines()
     assert "pack 1, document 1: 4 tokens, 2 with loss" in lines[0] and lines[1] == "5 ▏6 7 ▕1"
     assert "pack 1, document 2: 2 tokens, 1 with loss" in lines[2] and lines[3] == "8 ▏9▕"

@@ -93,7 +93,8 @@ def data(seed, count=300):
 
 
 def make():
-    return Loader([Source("a", data(0), 0.7), Source("b", data(1, 50), 0.3)], 64, 8, seed=5, window=100, group_by_length=True)
+    return Loader([Source("a", data(0), 0.7), Source("b", data(1, 50), 0.3)], 64, 8, seed=5, window=100,
+                  group_by_length=True)
 
 
 def test_the_log_may_ask_while_the_thread_is_ahead():
@@ -114,7 +115,8 @@ def global_batches(ranks, start, stop, cursor=None):
         return [tree.leaves(b) for b in batches], loader.cursor(stop)
     out = pool(ranks).run(rank, cursor)
     assert all(o[1] == out[0][1] for o in out)
-    return [[torch.stack(leaf, 1).flatten(0, 1) for leaf in zip(*(o[0][i] for o in out), strict=True)] for i in range(stop - start)], out[0][1]
+    return [[torch.stack(leaf, 1).flatten(0, 1) for leaf in zip(*(o[0][i] for o in out), strict=True)]
+            for i in range(stop - start)], out[0][1]
 
 
 def test_real_ranks_see_the_same_global_batches_and_resume_on_fewer():
@@ -131,7 +133,8 @@ def test_real_ranks_see_the_same_global_batches_and_resume_on_fewer():
 def test_a_cursor_from_a_cache_that_was_moved_or_made_anew_is_good(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": s.ids.tolist()}) + "\n" for s in data(0)))
     (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
-    one, two = (Loader(tokenized(str(tmp_path / f"{n}.jsonl"), Encoder(None), folder=tmp_path / n), 32, 4) for n in "ab")
+    one, two = (Loader(tokenized(str(tmp_path / f"{n}.jsonl"), Encoder(None), folder=tmp_path / n), 32, 4)
+                for n in "ab")
     two.seek(one.cursor(40))
     assert torch.equal(two.step(40).input_ids, one.step(40).input_ids)
     (tmp_path / "b.jsonl").write_text((tmp_path / "b.jsonl").read_text().replace("[", "[7, ", 1))

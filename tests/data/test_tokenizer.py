@@ -70,21 +70,26 @@ def directory(tmp_path, monkeypatch):
     folder = tmp_path / "kimi"
     folder.mkdir()
     (folder / "tokenization_toy.py").write_text(CODE)
-    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_missing.Config"}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k2",
+                                                    "auto_map": {"AutoConfig": "configuration_missing.Config"}}))
     write(folder)
     return folder
 
 
 def write(folder, **options):
-    added = {str(FIRST + i): {"content": t, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    added = {str(FIRST + i): {"content": t, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+                              "single_word": False}
              for i, t in enumerate(SPECIAL)}
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "ToyTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_toy.ToyTokenizer", None]}, "added_tokens_decoder": added,
+        "tokenizer_class": "ToyTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_toy.ToyTokenizer", None]},
+        "added_tokens_decoder": added,
         "eos_token": "[EOS]", "chat_template": TEMPLATE} | options))
 
 
 def test_code_runs_only_when_it_is_trusted(directory):
-    with pytest.raises(ValueError, match=r"kimi: its tokenizer is code of its own, tokenization_toy\.ToyTokenizer.*--trust-remote-code"):
+    with pytest.raises(ValueError,
+                       match=r"kimi: its tokenizer is code of its own, "
+                             r"tokenization_toy\.ToyTokenizer.*--trust-remote-code"):
         T.load(directory)
     assert not list(directory.parent.glob("modules/**/*.py"))
     tokenizer = T.load(directory, trust_remote_code=True)
@@ -101,13 +106,16 @@ def test_code_that_fails_says_so(directory):
 
 
 @pytest.mark.parametrize("old, new, message", [
-    ("bytes(b for t in tokens", "bytes(b for t in tokens if t not in self.added_tokens_encoder", r"encoded as \[481\].*decoded as ''"),
-    ("def _tokenize(", "def tokenize(self, text, **kwargs):\n        return self._tokenize(text)\n\n    def _tokenize(", r"encoded as \[60, 124"),
+    ("bytes(b for t in tokens", "bytes(b for t in tokens if t not in self.added_tokens_encoder",
+     r"encoded as \[481\].*decoded as ''"),
+    ("def _tokenize(", "def tokenize(self, text, **kwargs):\n        return self._tokenize(text)\n\n    def _tokenize(",
+     r"encoded as \[60, 124"),
 ])
 def test_an_added_token_that_does_not_survive_is_named(directory, old, new, message):
     assert old in CODE
     (directory / "tokenization_toy.py").write_text(CODE.replace(old, new))
-    with pytest.raises(ValueError, match=rf"kimi: the added token '<\|im_user\|>' \(id {FIRST}\) is {message}.* and 3 more like it"):
+    with pytest.raises(ValueError,
+                       match=rf"kimi: the added token '<\|im_user\|>' \(id {FIRST}\) is {message}.* and 3 more like it"):
         T.load(directory, trust_remote_code=True)
 
 
@@ -118,27 +126,30 @@ def test_fast_tokenizers_are_checked_too(make_tokenizer, tmp_path):
     assert loaded.is_fast and loaded("hello").input_ids == fast("hello").input_ids
     fast.backend_tokenizer.decoder = decoders.Replace("<|im_", "(")
     fast.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"broken: the added token '<\|im_start\|>' \(id 0\).*decoded as '\(start\|>'.* and 1 more"):
+    with pytest.raises(ValueError,
+                       match=r"broken: the added token '<\|im_start\|>' \(id 0\).*decoded as '\(start\|>'.* and 1 more"):
         T.load(tmp_path / "broken")
 
 
 @given(drawn=st.text(st.sampled_from("ab \n\té日本🙂e\u0301<|im_end>"), max_size=30) | st.text(max_size=20))
 def test_offsets_are_those_of_fast_tokenizers(make_tokenizer, drawn):
-    """The same tokens through `tokenizers`, which keeps count as it goes; also where a character is cut, and with control tokens."""
+    """The same tokens through `tokenizers`, which keeps count as it goes; also where a character is cut, and with
+    control tokens."""
     fast = make_tokenizer(TEMPLATE)
     for text in (drawn, drawn + "<|im_end|>" + drawn):
         want = fast(text, return_offsets_mapping=True, add_special_tokens=False)
         got = T.WithOffsets(fast, ".")(text, return_offsets_mapping=True, add_special_tokens=False)
         assert (got["input_ids"], got["offset_mapping"]) == (want["input_ids"], want["offset_mapping"])
-        assert T.WithOffsets(fast, ".")([text], return_offsets_mapping=True)["offset_mapping"] == [want["offset_mapping"]]
+        assert T.WithOffsets(fast, ".")([text],
+                                        return_offsets_mapping=True)["offset_mapping"] == [want["offset_mapping"]]
 
 
 def test_conversations_carry_loss_on_what_the_assistant_says(directory):
     """A slow tokenizer of its own code, through the encoder, pickled on the way as to another process."""
     tokenizer = T.load(directory, trust_remote_code=True)
     encoder = pickle.loads(pickle.dumps(Encoder(tokenizer)))
-    messages = [{"role": "user", "content": "ça va?"}, {"role": "assistant", "content": "très bien 🙂"}, {"role": "user", "content": "ok"},
-                {"role": "assistant", "content": "an answer"}]
+    messages = [{"role": "user", "content": "ça va?"}, {"role": "assistant", "content": "très bien 🙂"},
+                {"role": "user", "content": "ok"}, {"role": "assistant", "content": "an answer"}]
     (sample,) = encoder({"messages": messages})
     assert tokenizer.decode(sample.ids) == "".join(f"<|im_{m['role']}|>{m['content']}<|im_end|>" for m in messages)
     assert tokenizer.decode(sample.ids[np.asarray(sample.mask)]) == "très bien 🙂<|im_end|>an answer<|im_end|>"

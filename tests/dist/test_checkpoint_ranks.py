@@ -28,7 +28,8 @@ MESHES = ((1,), (2,), (4,), (2, 2), (1, 2))
 
 
 def bits(shape, dtype, seed):
-    raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8,
+                        generator=torch.Generator().manual_seed(seed))
     return (raw[..., 0] > 127) if dtype is torch.bool else raw.view(dtype).reshape(shape)
 
 
@@ -37,14 +38,16 @@ def mesh_of(sizes):
 
 
 def placed(leaves, sizes, which, seed):
-    """The drawn leaves as a TrainState: even ones are parameters, odd ones moments; a leaf placed None is a plain tensor."""
+    """The drawn leaves as a TrainState: even ones are parameters, odd ones moments; a leaf placed None is a plain
+    tensor."""
     mesh = mesh_of(sizes)
 
     def leaf(i, shape, dtype, placements):
         whole, cut = bits(shape, dtype, seed + i), placements[which]
         if cut is None:
             return whole
-        return Place(mesh, tuple(Shard(d % len(shape)) if shape and d >= 0 else Replicate() for d in cut[:len(sizes)])).put(whole)
+        return Place(mesh, tuple(Shard(d % len(shape)) if shape and d >= 0 else Replicate()
+                                 for d in cut[:len(sizes)])).put(whole)
     made = [leaf(i, *drawn) for i, drawn in enumerate(leaves)]
     state = xtf.TrainState.create({"w": made[::2], "frozen": None}, opt=(None, {"mu": made[1::2]}, ()), seed=seed)
     return xtf.TrainState(state.step + seed % 100, state.params, state.opt, state.extra, state.key, donated=True)
@@ -77,12 +80,12 @@ def restore_it(folder, leaves, sizes, seed):
 
 
 placements = st.one_of(st.none(), st.tuples(st.integers(-1, 2), st.integers(-1, 2)))
-leaf = st.tuples(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 10, 16, 33]), max_size=3).map(tuple), st.sampled_from(DTYPES),
-                 st.tuples(placements, placements))
+leaf = st.tuples(st.lists(st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 10, 16, 33]), max_size=3).map(tuple),
+                 st.sampled_from(DTYPES), st.tuples(placements, placements))
 
 
-@given(leaves=st.lists(leaf, min_size=1, max_size=7), source=st.sampled_from(MESHES), target=st.sampled_from(MESHES), seed=st.integers(0, 999),
-       chunk=st.sampled_from([1, 40, 200, 1 << 24]), background=st.booleans())
+@given(leaves=st.lists(leaf, min_size=1, max_size=7), source=st.sampled_from(MESHES), target=st.sampled_from(MESHES),
+       seed=st.integers(0, 999), chunk=st.sampled_from([1, 40, 200, 1 << 24]), background=st.booleans())
 @settings(max_examples=20)
 def test_law_6_from_any_layout_to_any_layout(tmp_path_factory, leaves, source, target, seed, chunk, background):
     folder = tmp_path_factory.mktemp("law")
@@ -100,7 +103,8 @@ def boxes(shape, sizes, dims):
     return out
 
 
-@given(shape=st.lists(st.integers(1, 5000), min_size=2, max_size=2), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3), data=st.data())
+@given(shape=st.lists(st.integers(1, 5000), min_size=2, max_size=2),
+       sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3), data=st.data())
 @settings(max_examples=300)
 def test_no_chunk_has_two_writers(shape, sizes, data):
     """The merge of two writers' stores keeps one version of a chunk, silently."""
@@ -130,16 +134,19 @@ def test_large_dims_without_divisors_are_not_cut_into_rows():
 
 def replicated(folder):
     mesh = mesh_of((2, 2))
-    state = {"a": Place(mesh, (Replicate(), Shard(0))).put(torch.rand(40_000)), "b": Place(mesh, (Replicate(), Replicate())).put(torch.rand(40_000)),
-             "c": torch.rand(40_000), "d": torch.rand(40_000)}
+    state = {"a": Place(mesh, (Replicate(), Shard(0))).put(torch.rand(40_000)),
+             "b": Place(mesh, (Replicate(), Replicate())).put(torch.rand(40_000)), "c": torch.rand(40_000),
+             "d": torch.rand(40_000)}
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(1, state, {})
 
 
 def test_copies_are_written_once_and_dealt_out(tmp_path):
     pool(4).run(replicated, tmp_path)
-    sizes = [sum(p.stat().st_size for p in (tmp_path / "1" / "state" / f"ocdbt.process_{r}").rglob("*") if p.is_file()) for r in range(4)]
-    assert 640_000 < sum(sizes) < 660_000 and max(sizes) < 300_000, sizes   # four leaves of 160 kB; nobody writes two of the whole ones
+    sizes = [sum(p.stat().st_size for p in (tmp_path / "1" / "state" / f"ocdbt.process_{r}").rglob("*") if p.is_file())
+             for r in range(4)]
+    # four leaves of 160 kB; nobody writes two of the whole ones
+    assert 640_000 < sum(sizes) < 660_000 and max(sizes) < 300_000, sizes
 
 
 def one_fails(folder, culprit, where):
@@ -188,7 +195,8 @@ def damaged(folder):
 
 def test_damage_that_one_rank_finds_fails_all(tmp_path):
     pool(2).run(damaged, tmp_path)
-    file = max((tmp_path / "1" / "state" / "ocdbt.process_1").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    file = max((tmp_path / "1" / "state" / "ocdbt.process_1").rglob("*"),
+               key=lambda p: p.stat().st_size if p.is_file() else 0)
     content = file.read_bytes()
     file.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     (kind0, text0), (kind1, text1) = pool(2).run(damaged, tmp_path)
@@ -263,7 +271,8 @@ def test_one_rank_that_dies_is_named_soon(tmp_path, culprit, moment):
 def exported(folder, like):
     """Exports in the background, while the parameters are trained in place and the mesh's own groups are busy."""
     flat, square = mesh_of((4,)), mesh_of((2, 2))
-    made = lambda seed: {"a": Place(flat, (Shard(0),)).put(bits((10, 6), torch.float32, seed)), "b": Place(square, (Replicate(), Shard(1))).put(
+    made = lambda seed: {"a": Place(flat, (Shard(0),)).put(bits((10, 6), torch.float32, seed)),
+                         "b": Place(square, (Replicate(), Shard(1))).put(
         bits((3, 8), torch.bfloat16, seed + 1)), "c": bits((5,), torch.float32, seed + 2)}
     names = {"a": "model.a", "b": "model.b", "c": "model.c"}
     params = made(0)

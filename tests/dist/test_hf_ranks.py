@@ -1,4 +1,5 @@
-"""Hugging Face directories on real ranks: each reads its own bytes and no others, together they write one set of files, and fail together."""
+"""Hugging Face directories on real ranks: each reads its own bytes and no others, together they write one set of files,
+and fail together."""
 import json
 import math
 import os
@@ -21,7 +22,8 @@ from xtf.testing import pool
 S, R = Shard, Replicate()
 EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
 STACK, TURNED, BOTH = "mlp.{e}.up.weight", hf.Transposed("turned"), hf.Transposed("x.{e}.t")
-# name -> (shape, dtype in the files (of each expert in turn), placement over "store" alone, placements over ("store", "rest"))
+# name -> (shape, dtype in the files (of each expert in turn), placement over "store" alone, placements over ("store",
+# "rest"))
 LEAVES = {
     EMBED: ((13, 6), torch.bfloat16, S(0), (S(0), R)),                   # uneven
     "row": ((8, 6), torch.float32, S(0), (S(0), S(1))),
@@ -29,10 +31,11 @@ LEAVES = {
     "nested": ((11, 4), torch.float16, S(0), (S(0), S(0))),              # the chunk of a chunk
     "experts": ((3, 6, 8), torch.float32, S(2), (S(1), S(0))),
     "whole": ((7, 2), torch.float32, R, (R, R)),
-    "rest": ((6, 4), torch.float32, R, (R, S(0))),                       # copies along the first axis, cut along the second
+    "rest": ((6, 4), torch.float32, R, (R, S(0))),  # copies along the first axis, cut along the second
     "tiny": ((1, 3), torch.float32, S(0), (S(0), S(1))),                 # fewer rows than ranks
     "scalar": ((), torch.float64, R, (R, R)),
-    STACK: ((5, 6, 4), (torch.bfloat16, torch.float32, torch.float16), S(0), (S(0), S(1))),      # each expert in a shard and dtype of its own
+    # each expert in a shard and dtype of its own
+    STACK: ((5, 6, 4), (torch.bfloat16, torch.float32, torch.float16), S(0), (S(0), S(1))),
     "inner.{e}": ((3, 7, 9), torch.float16, S(1), (S(2), S(1))),
     "copied.{e}": ((3, 2, 5), torch.bfloat16, R, (R, S(2))),             # each rank writes experts of its own
     TURNED: ((3, 4, 9), torch.bfloat16, S(2), (S(0), S(2))),
@@ -76,11 +79,14 @@ def leaf_of(tensors, name):
 
 
 def tree_of(mesh_shape):
-    mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh_shape)).reshape(mesh_shape), mesh_dim_names=("store", "rest")[:len(mesh_shape)])
+    mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh_shape)).reshape(mesh_shape),
+                      mesh_dim_names=("store", "rest")[:len(mesh_shape)])
     dtype = lambda shape: torch.float64 if shape == () else torch.float32    # each holds what the files do
-    specs = {f"leaf{i}": Param(shape, dtype(shape), ("a",) * len(shape)) for i, (shape, *_) in enumerate(LEAVES.values())}
+    specs = {f"leaf{i}": Param(shape, dtype(shape), ("a",) * len(shape))
+             for i, (shape, *_) in enumerate(LEAVES.values())}
     names = {f"leaf{i}": n for i, n in enumerate(LEAVES)}
-    layout = {f"leaf{i}": Place(mesh, (one,) if len(mesh_shape) == 1 else two) for i, (_, _, one, two) in enumerate(LEAVES.values())}
+    layout = {f"leaf{i}": Place(mesh, (one,) if len(mesh_shape) == 1 else two)
+              for i, (_, _, one, two) in enumerate(LEAVES.values())}
     return specs, names, layout
 
 
@@ -178,7 +184,8 @@ def test_a_twin_that_differs_in_one_ranks_rows_fails_all(source, tmp_path):
     bad[HEAD][-1] += 1
     save_file(bad, tmp_path / "model.safetensors")
     errors = pool(4).run(mismatched, tmp_path)
-    assert [kind for kind, _ in errors] == ["RuntimeError"] * 3 + ["ValueError"] and all(HEAD in text and EMBED in text for _, text in errors)
+    assert [kind for kind, _ in errors] == ["RuntimeError"] * 3 + ["ValueError"] and all(HEAD in text and EMBED in text
+                                                                                         for _, text in errors)
 
 
 def plain_and_odd(out):

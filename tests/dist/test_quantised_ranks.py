@@ -1,4 +1,5 @@
-"""Quantised directories on real ranks, cut along every dim, within blocks too: read as one process reads them, written as it writes them."""
+"""Quantised directories on real ranks, cut along every dim, within blocks too: read as one process reads them, written
+as it writes them."""
 import json
 import math
 import os
@@ -26,8 +27,10 @@ EXPERTS, MATRIX, NORM = "layers.0.mlp.experts.{e}.up_proj.weight", "layers.0.sel
 MX = hf.Transposed("experts.down_proj")
 SHAPES = {EXPERTS: (5, 10, 12), MATRIX: (9, 21), NORM: (6,), MX: (3, 10, 96)}
 # one dim a case; the second axis of a mesh cuts another, or the same again, or holds copies
-CASES = [((2,), {EXPERTS: (S(0),), MATRIX: (S(0),), MX: (S(0),)}), ((4,), {EXPERTS: (S(1),), MATRIX: (S(1),), MX: (S(1),)}),
-         ((4,), {EXPERTS: (S(2),), MATRIX: (R,), MX: (S(2),)}), ((2, 2), {EXPERTS: (S(0), S(2)), MATRIX: (S(1), S(0)), MX: (S(2), S(1))}),
+CASES = [((2,), {EXPERTS: (S(0),), MATRIX: (S(0),), MX: (S(0),)}),
+         ((4,), {EXPERTS: (S(1),), MATRIX: (S(1),), MX: (S(1),)}),
+         ((4,), {EXPERTS: (S(2),), MATRIX: (R,), MX: (S(2),)}),
+         ((2, 2), {EXPERTS: (S(0), S(2)), MATRIX: (S(1), S(0)), MX: (S(2), S(1))}),
          ((2, 2), {EXPERTS: (S(1), S(1)), MATRIX: (R, S(1)), MX: (S(0), S(2))})]
 
 
@@ -36,7 +39,8 @@ def write(path, config, *shards):
     (path / "config.json").write_text(json.dumps(config))
     for i, shard in enumerate(shards):
         save_file(shard, path / f"model-0000{i + 1}-of-0000{len(shards)}.safetensors", {"format": "pt"})
-    weight_map = {n: f"model-0000{i + 1}-of-0000{len(shards)}.safetensors" for i, shard in enumerate(shards) for n in shard}
+    weight_map = {n: f"model-0000{i + 1}-of-0000{len(shards)}.safetensors" for i, shard in enumerate(shards)
+                  for n in shard}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return path
 
@@ -51,11 +55,13 @@ def fp8(tmp_path_factory):
         if i == 3:
             shards[0][name] = torch.randn(shape, generator=g).bfloat16()
             continue
-        q = torch.randint(0, 127, shape, generator=g, dtype=torch.uint8) | torch.randint(0, 2, shape, generator=g, dtype=torch.uint8) << 7
+        q = torch.randint(0, 127, shape, generator=g, dtype=torch.uint8) | torch.randint(0, 2, shape, generator=g,
+                                                                                         dtype=torch.uint8) << 7
         shards[i % 2][name] = q.view(torch.float8_e4m3fn)
         shards[(i + 1) % 2][name + "_scale_inv"] = torch.rand(quantised.grid(shape, BLOCK), generator=g) * 1e-2 + 1e-4
     shards[0][NORM] = torch.randn(SHAPES[NORM], generator=g).bfloat16()
-    return write(tmp_path_factory.mktemp("fp8") / "in", {"quantization_config": DEEPSEEK | {"weight_block_size": BLOCK}}, *shards)
+    return write(tmp_path_factory.mktemp("fp8") / "in",
+                 {"quantization_config": DEEPSEEK | {"weight_block_size": BLOCK}}, *shards)
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +71,19 @@ def mxfp4(tmp_path_factory):
     blocks = torch.randint(0, 256, (E, rows, columns // 32, 16), generator=g, dtype=torch.uint8)
     scales = torch.randint(100, 140, (E, rows, columns // 32), generator=g, dtype=torch.uint8)
     return write(tmp_path_factory.mktemp("mxfp4") / "in", {"quantization_config": {"quant_method": "mxfp4"}},
-                 {MX + "_blocks": blocks, NORM: torch.randn(SHAPES[NORM], generator=g).bfloat16()}, {MX + "_scales": scales})
+                 {MX + "_blocks": blocks, NORM: torch.randn(SHAPES[NORM], generator=g).bfloat16()},
+                 {MX + "_scales": scales})
 
 
 def tree_of(which, mesh_shape=None, placements=None):
     """Specs (the matrix and the norm in bf16, the others in float32), names and layout."""
     names = {f"leaf{i}": n for i, n in enumerate(which)}
-    specs = {k: Param(SHAPES[n], torch.bfloat16 if n in (MATRIX, NORM) else torch.float32, ("a",) * len(SHAPES[n])) for k, n in names.items()}
+    specs = {k: Param(SHAPES[n], torch.bfloat16 if n in (MATRIX, NORM) else torch.float32, ("a",) * len(SHAPES[n]))
+             for k, n in names.items()}
     if mesh_shape is None:
         return specs, names, None
-    mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh_shape)).reshape(mesh_shape), mesh_dim_names=("store", "rest")[:len(mesh_shape)])
+    mesh = DeviceMesh("cpu", torch.arange(math.prod(mesh_shape)).reshape(mesh_shape),
+                      mesh_dim_names=("store", "rest")[:len(mesh_shape)])
     return specs, names, {k: Place(mesh, placements.get(n, (R,) * len(mesh_shape))) for k, n in names.items()}
 
 

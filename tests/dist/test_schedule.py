@@ -1,4 +1,5 @@
-"""Law 10 on real ranks: how often fsdp gathers, what it keeps alive, what every collective moves, and that no FLOP is done twice."""
+"""Law 10 on real ranks: how often fsdp gathers, what it keeps alive, what every collective moves, and that no FLOP is
+done twice."""
 import math
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +31,8 @@ def batch(num_packs=4, T=8):
 def run(layout, precision=()):
     """One step on this rank: (collectives sent, bucket statistics, FLOPs)."""
     mesh = shared_mesh(layout.mesh)
-    step = xtf.shard(outsider.step, *precision, *layout.transforms(), mesh=mesh, specs=outsider.specs(torch.float32 if precision else torch.float64))
+    step = xtf.shard(outsider.step, *precision, *layout.transforms(), mesh=mesh,
+                     specs=outsider.specs(torch.float32 if precision else torch.float64))
     params = xtf.init(step.specs, 0, step.layout)
     state = xtf.TrainState.create(params, outsider.opt.init(params))
     part = cut(batch(), mesh)
@@ -63,8 +65,10 @@ def bucket_bytes(params, ranks, itemsize):
     """What one rank sends for one bucket: each leaf's storage rows padded to a multiple of the ranks."""
     total = 0
     for p in tree.leaves(params):
-        dim = next((d for d in range(len(p.shape)) if p.shape[d] % ranks == 0), max(range(len(p.shape)), key=lambda d: p.shape[d]))
-        total += -(-p.shape[dim] // ranks) * math.prod(p.shape) // p.shape[dim] * (itemsize if len(p.shape) > 1 else 4 if itemsize == 2 else itemsize)
+        dim = next((d for d in range(len(p.shape)) if p.shape[d] % ranks == 0),
+                   max(range(len(p.shape)), key=lambda d: p.shape[d]))
+        total += -(-p.shape[dim] // ranks) * math.prod(p.shape) // p.shape[dim] * (itemsize if len(p.shape) > 1 else 4
+                                                                                   if itemsize == 2 else itemsize)
     return (ranks - 1) * total
 
 
@@ -74,8 +78,10 @@ def test_bytes_are_those_of_the_formula(layout, precision, gathered, reduced):
     specs, W, sp = outsider.specs(), layout.num_ranks, layout.sizes.get("sp", 1)
     P, T, HD = 4 // layout.pack_ranks, 8 // sp, outsider.H * outsider.d
     act = 2 if precision else 8
-    gathers = lambda size: 3 * bucket_bytes(specs["embed"], W, size) + 2 * sum(bucket_bytes(p, W, size) for p in specs["layers"])
-    scatters = lambda size: 2 * bucket_bytes(specs["embed"], W, size) + sum(bucket_bytes(p, W, size) for p in specs["layers"])
+    gathers = lambda size: 3 * bucket_bytes(specs["embed"], W,
+                                            size) + 2 * sum(bucket_bytes(p, W, size) for p in specs["layers"])
+    scatters = lambda size: 2 * bucket_bytes(specs["embed"], W,
+                                             size) + sum(bucket_bytes(p, W, size) for p in specs["layers"])
     want = {"all_gather": gathers(gathered), "reduce_scatter": scatters(reduced)}
     if sp > 1:                                                           # q, k, v and o, forward and backward
         want["all_to_all"] = outsider.L * 2 * 4 * (sp - 1) * P * T * HD * act // sp
@@ -88,7 +94,8 @@ def test_bytes_are_those_of_the_formula(layout, precision, gathered, reduced):
         assert got == want
 
 
-@pytest.mark.parametrize("layout", [Layout((("dp", 2),), ("dp",)), Layout((("sp", 2),), ("sp",)), Layout((("replicate", 2), ("dp", 2)), ("dp",)),
+@pytest.mark.parametrize("layout", [Layout((("dp", 2),), ("dp",)), Layout((("sp", 2),), ("sp",)),
+                                    Layout((("replicate", 2), ("dp", 2)), ("dp",)),
                                     Layout((("dp", 2), ("sp", 2)), ("dp", "sp"), reshard=False)])
 def test_flops_summed_over_ranks_are_those_of_one_process(layout):
     one = run(Layout())[2]
@@ -107,7 +114,8 @@ def test_products_with_weights_cost_three_times_their_forward():
         params = xtf.init(step.specs)
         with counter:
             step(xtf.TrainState.create(params, outsider.opt.init(params)), batch())
-        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op) and "attend" not in str(op))
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)
+                   and "attend" not in str(op))
     assert products(Layout()) == 3 * (blocks + head)
     remat = products(replace(Layout(), remat=()))
     assert 3 * (blocks + head) < remat <= 4 * blocks + 3 * head

@@ -1,7 +1,7 @@
 """The pages are true: their Python runs and prints what they say, their commands parse, and what they name exists.
 
-Fences: `python` runs in the page's one namespace, in order; `python ranks=N` runs on N real ranks, each with a copy of that namespace;
-`text` after either is what it prints (on rank 0); `sh` is checked, not run.
+Fences: `python` runs in the page's one namespace, in order; `python ranks=N` runs on N real ranks, each with a copy of
+that namespace; `text` after either is what it prints (on rank 0); `sh` is checked, not run.
 """
 import contextlib
 import importlib.util
@@ -32,14 +32,15 @@ class Fence(NamedTuple):
 
 def fences(page: Path) -> list[Fence]:
     text = page.read_text()
-    return [Fence(m[1].strip(), m[2], text[:m.start(2)].count("\n") + 1) for m in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.M)]
+    return [Fence(m[1].strip(), m[2], text[:m.start(2)].count("\n") + 1)
+            for m in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.M)]
 
 
 def prose(page: Path) -> str:
     return re.sub(r"^```(?:.*\n)*?```$", "", page.read_text(), flags=re.M)
 
 
-# ---- Python -------------------------------------------------------------------------------------------------------------------------
+# ---- Python ----------------------------------------------------------------------------------------------------------
 
 def execute(source: str, name: str, namespace: dict) -> str:
     """Run a block; what it printed."""
@@ -72,16 +73,18 @@ def test_the_readmes_step_is_the_recipes():
         assert indented in (ROOT / "recipes" / f"{name}.py").read_text()
 
 
-# ---- commands -----------------------------------------------------------------------------------------------------------------------
+# ---- commands --------------------------------------------------------------------------------------------------------
 
 def check(command: str, file: Path) -> None:
-    """Raise unless what the command calls exists and takes these flags; `file` stands for every file and directory of the user's."""
+    """Raise unless what the command calls exists and takes these flags; `file` stands for every file and directory of
+    the user's."""
     words = shlex.split(command)
     if words[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)
         assert targets and words[1:] and set(words[1:]) <= set(targets[1].split()), command
     elif words[:3] == ["python", "-m", "xtf.parity"]:
-        assert parity.main([str(file.parent / "missing") if w == "DIR" else w for w in words[3:]]) == 1    # an unknown flag exits with 2
+        # an unknown flag exits with 2
+        assert parity.main([str(file.parent / "missing") if w == "DIR" else w for w in words[3:]]) == 1
     elif words[:3] == ["python", "-m", "xtf.report"]:
         assert report.main([str(file.parent / "missing") if w == "OUT" else w for w in words[3:]]) == 1
     elif words[:3] == ["python", "-m", "xtf.plan"]:
@@ -96,9 +99,11 @@ def check(command: str, file: Path) -> None:
         assert spec and spec.loader
         spec.loader.exec_module(recipe := importlib.util.module_from_spec(spec))
         kind = getattr(recipe, "Flags", cli.Flags)
-        flags = cli.parse(kind, [str(file.parent) if words[i - 1] == "--model" else words[i] for i in range(at + 1, len(words))])
+        flags = cli.parse(kind, [str(file.parent) if words[i - 1] == "--model" else words[i]
+                                 for i in range(at + 1, len(words))])
         ranks = math.prod(parse_mesh(flags.mesh).values())
-        assert words[1:at] == ([] if words[0] == "python" else ["--nproc_per_node", str(ranks)]), f"{command}: the mesh has {ranks} ranks"
+        assert words[1:at] == ([] if words[0] == "python"
+                               else ["--nproc_per_node", str(ranks)]), f"{command}: the mesh has {ranks} ranks"
     else:
         assert words == ["source", ".venv/bin/activate"], f"{command}: not a command that these pages may use"
 
@@ -112,9 +117,10 @@ def test_commands_exist_and_take_their_flags(page, tmp_path):
             check(command, file)
 
 
-@pytest.mark.parametrize("wrong", ["make coffee", "python -m xtf.parity DIR --tolerance 1", "python recipes/gpt_sft.py --out o",
-                                   "python recipes/qwen3_sft.py --model m --data d --out o --tokens 3", "rm -r runs",
-                                   "torchrun --nproc_per_node 2 recipes/qwen3_sft.py --model m --data d --out o --mesh dp=4"])
+@pytest.mark.parametrize("wrong",
+                         ["make coffee", "python -m xtf.parity DIR --tolerance 1", "python recipes/gpt_sft.py --out o",
+                          "python recipes/qwen3_sft.py --model m --data d --out o --tokens 3", "rm -r runs",
+                          "torchrun --nproc_per_node 2 recipes/qwen3_sft.py --model m --data d --out o --mesh dp=4"])
 def test_a_command_that_is_wrong_is_noticed(wrong, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
@@ -130,7 +136,7 @@ def test_the_readme_starts_with_the_two_commands_and_lists_every_flag():
     assert sorted(re.findall(r"--([a-z0-9-]+)", " ".join(rows))) == sorted(name.replace("_", "-") for name in fields)
 
 
-# ---- names --------------------------------------------------------------------------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 class Collected:
     """A pytest plugin that keeps what was collected."""
@@ -141,7 +147,8 @@ class Collected:
 def test_the_tests_that_pages_name_are_run_by_make_test(capfd):
     named = {(page, name) for page in PAGES for name in re.findall(r"`(tests/\S+\.py::\w+)`", page.read_text())}
     collected = Collected()
-    pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}", *sorted({str(ROOT / name.split("::")[0]) for _, name in named})], plugins=[collected])
+    pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}",
+                 *sorted({str(ROOT / name.split("::")[0]) for _, name in named})], plugins=[collected])
     assert len(named) > 30 and not [f"{page}: {name}" for page, name in named if name not in collected.items]
 
 
@@ -154,4 +161,5 @@ def test_files_and_links_exist(page):
         target, _, anchor = link.partition("#")
         assert (page.parent / target).exists(), f"{page}: {link}"
         headings = re.findall(r"^#+ (.*)$", prose(page.parent / target), re.M) if anchor else ()
-        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], f"{page}: {link}"
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-")
+                                        for h in headings], f"{page}: {link}"

@@ -1,4 +1,5 @@
-"""docs/multi-node.md and docs/slurm.sbatch, run here: nodes are processes of this machine, and Slurm is a stand-in that does what its manual says.
+"""docs/multi-node.md and docs/slurm.sbatch, run here: nodes are processes of this machine, and Slurm is a stand-in that
+does what its manual says.
 
 The commands of that page stand between ~~~, since they are not for one machine; each is checked here.
 """
@@ -22,7 +23,8 @@ from xtf import cli
 
 ROOT = Path(__file__).parents[2]
 PAGE, SCRIPT = ROOT / "docs" / "multi-node.md", ROOT / "docs" / "slurm.sbatch"
-TORCHRUN, FLAGS = "-m torch.distributed.run".split(), ["--model", "m", "--data", "d", "--out", "a folder", "--resume", "auto"]
+TORCHRUN, FLAGS = "-m torch.distributed.run".split(), ["--model", "m", "--data", "d", "--out", "a folder", "--resume",
+                                                       "auto"]
 
 # A rank: joins the others by what the launcher told it, says so, and ends 0.3 s after SIGUSR1 as a run does.
 WORKER = """
@@ -43,7 +45,8 @@ say(f"heard{rank}", signals=heard)
 os._exit(138)
 """
 
-# srun: SLURM_NTASKS_PER_NODE tasks on each of SLURM_NNODES nodes, signals passed on to them, the largest exit status its own.
+# srun: SLURM_NTASKS_PER_NODE tasks on each of SLURM_NNODES nodes, signals passed on to them, the largest exit status
+# its own.
 SRUN = """
 import os, signal, subprocess, sys
 nodes, each = int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
@@ -67,7 +70,8 @@ else:
 
 def commands():
     """The lines between ~~~ of the page."""
-    return [line for block in re.findall(r"^~~~sh\n(.*?)^~~~$", PAGE.read_text(), re.M | re.S) for line in block.splitlines()]
+    return [line for block in re.findall(r"^~~~sh\n(.*?)^~~~$", PAGE.read_text(), re.M | re.S)
+            for line in block.splitlines()]
 
 
 def free_port():
@@ -104,7 +108,8 @@ def test_every_command_is_for_flags_that_exist():
 
 
 def test_two_nodes_by_torchrun_and_a_signal_that_reaches_every_rank(tmp_path):
-    """The page's own command for a warned run, with this machine for HOST, two nodes of one rank and our worker for the recipe."""
+    """The page's own command for a warned run, with this machine for HOST, two nodes of one rank and our worker for the
+    recipe."""
     [command] = [c for c in commands() if "--signals-to-handle" in c]
     words = shlex.split(command)
     at = words.index("recipes/qwen3_sft.py")
@@ -112,15 +117,17 @@ def test_two_nodes_by_torchrun_and_a_signal_that_reaches_every_rank(tmp_path):
     env = os.environ | {"SAID": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     port, nodes = free_port(), []
     for node in (0, 1):
-        given = {"--node-rank": str(node), "--master-addr": "127.0.0.1", "--master-port": str(port), "--nproc-per-node": "1"}
+        given = {"--node-rank": str(node), "--master-addr": "127.0.0.1", "--master-port": str(port),
+                 "--nproc-per-node": "1"}
         launcher = [given.get(before, word) for before, word in pairwise(words[:at])]
-        nodes.append(subprocess.Popen([sys.executable, *TORCHRUN, *launcher, str(tmp_path / "worker.py"), *words[at + 1:]], env=env,
+        nodes.append(subprocess.Popen([sys.executable, *TORCHRUN, *launcher, str(tmp_path / "worker.py"),
+                                       *words[at + 1:]], env=env,
                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
     try:
         wait_for(lambda: all((tmp_path / f"rank{r}").exists() for r in (0, 1)), nodes)
         for node in nodes:
             node.send_signal(signal.SIGUSR1)
-        assert [node.wait(30) for node in nodes] == [1, 1]                     # as the page says, whatever the ranks' was
+        assert [node.wait(30) for node in nodes] == [1, 1]  # as the page says, whatever the ranks' was
     finally:
         [node.kill() for node in nodes]
     for rank in (0, 1):
@@ -144,11 +151,12 @@ def slurm(tmp_path):
     def start(worker, nodes=2, each=2, *, job):
         (tmp_path / "worker.py").write_text(worker)
         tool("python", f'#!/bin/bash\nexec {sys.executable} {tmp_path}/worker.py "$@"\n')
-        env = {"PATH": f"{tools}:{os.environ['PATH']}", "SAID": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-               "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(nodes * each),
+        env = {"PATH": f"{tools}:{os.environ['PATH']}", "SAID": str(tmp_path), "PYTHONPATH": str(ROOT),
+               "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node-[1-2]",
+               "SLURM_NNODES": str(nodes), "SLURM_NTASKS": str(nodes * each),
                "SLURM_NTASKS_PER_NODE": str(each), "SLURM_CPUS_PER_TASK": "3"}
-        started.append(subprocess.Popen(["bash", str(SCRIPT), *FLAGS], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        start_new_session=True))
+        started.append(subprocess.Popen(["bash", str(SCRIPT), *FLAGS], env=env, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True, start_new_session=True))
         return started[0]
     yield start
     for process in started:

@@ -78,8 +78,10 @@ def test_sinks_are_those_of_gpt_oss():
     class Module:
         num_key_value_groups, training = 2, False
     Module.sinks = sinks
-    mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~visible(segments_of([9]), 9)[0], torch.finfo(torch.float64).min)[None, None]
-    theirs, _ = eager_attention_forward(Module(), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scaling=8 ** -0.5)
+    mask = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~visible(segments_of([9]), 9)[0],
+                                                              torch.finfo(torch.float64).min)[None, None]
+    theirs, _ = eager_attention_forward(Module(), q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
+                                        scaling=8 ** -0.5)
     ours = attend(q, k, v, segments=segments_of([9]), sinks=sinks)
     assert_close([ours], [theirs])
     g = torch.randn_like(ours)
@@ -130,10 +132,11 @@ def test_packing_is_invisible(monkeypatch, small):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("small", [0, 2 ** 22])
 def test_narrow_dtypes_lose_no_more_than_their_rounding(monkeypatch, dtype, small):
-    """Blocks compute in float32 whatever comes in, and round once: half a unit in the last place, plus float32's own error.
+    """Blocks compute in float32 whatever comes in, and round once: half a unit in the last place, plus float32's own
+    error.
 
-    Torch's masked attention, for small calls, also rounds the probabilities (and their gradients) to the dtype: a few more units of
-    the largest term, and sums of up to 70 of them.
+    Torch's masked attention, for small calls, also rounds the probabilities (and their gradients) to the dtype: a few
+    more units of the largest term, and sums of up to 70 of them.
     """
     monkeypatch.setattr(attention, "SMALL", small)
     inputs, segments = tensors(1, 120, 4, 2, 16, dtype), segments_of([50, 70])
@@ -142,7 +145,7 @@ def test_narrow_dtypes_lose_no_more_than_their_rounding(monkeypatch, dtype, smal
     o = reference_attend(*wide, segments=segments, window=40)
     g = torch.randn(o.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype).double()
     unit = torch.finfo(dtype).eps
-    float32_error = 120 * torch.finfo(torch.float32).eps * 10                   # sums of at most 120 terms no larger than 10
+    float32_error = 120 * torch.finfo(torch.float32).eps * 10  # sums of at most 120 terms no larger than 10
     for a, b in zip(got, [o, *torch.autograd.grad(o, wide, g)], strict=True):
         assert a.dtype == dtype
         bound = unit / 2 * b.abs() + float32_error + (0 if small == 0 else unit * 70 ** 0.5 * b.abs().max())
@@ -155,9 +158,11 @@ def test_any_strides_will_do(monkeypatch):
     qkv = torch.randn(2, 90, 8 * 8, dtype=torch.float64).unflatten(-1, (8, 8))
     heads_first = torch.randn(2, 4, 90, 8, dtype=torch.float64).transpose(1, 2)
     segments = segments_of([90], [20, 70])
-    for inputs in ([qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:]], [heads_first, qkv[:, :, 4:6], heads_first[:, :, ::2]]):
+    for inputs in ([qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:]],
+                   [heads_first, qkv[:, :, 4:6], heads_first[:, :, ::2]]):
         inputs = [x.detach().requires_grad_() for x in inputs]
-        assert_close(out_and_gradients(attend, inputs, segments=segments), out_and_gradients(reference_attend, inputs, segments=segments))
+        assert_close(out_and_gradients(attend, inputs, segments=segments),
+                     out_and_gradients(reference_attend, inputs, segments=segments))
 
 
 def test_segments_changed_in_place_are_read_again():
@@ -186,7 +191,8 @@ def test_under_torch_func():
 
 @pytest.mark.parametrize("window", [None, 10])
 def test_flops_are_those_of_the_visible_pairs(window):
-    """4 d a pair forward, 10 d backward (probabilities are computed again), the same whether packs are counted together or alone."""
+    """4 d a pair forward, 10 d backward (probabilities are computed again), the same whether packs are counted together
+    or alone."""
     segments = segments_of([30, 40], [70])
     inputs = tensors(2, 70, 4, 2, 8)
     count = lambda P: sum(int(visible(segments[p:p + 1], 70, window).sum()) for p in P)
@@ -233,7 +239,8 @@ def test_checkpoint_drops_what_is_kept(monkeypatch):
 
 @pytest.mark.parametrize("takes", [{"scale", "window_size", "enable_gqa"}, {"is_causal"}])
 def test_cuda_flattens_packs_into_one_list_of_documents(monkeypatch, takes):
-    """The CUDA path with torch's varlen_attn replaced by a loop over its arguments, as its documentation describes them."""
+    """The CUDA path with torch's varlen_attn replaced by a loop over its arguments, as its documentation describes
+    them."""
     calls = []
 
     def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, **options):
@@ -248,7 +255,8 @@ def test_cuda_flattens_packs_into_one_list_of_documents(monkeypatch, takes):
             at = torch.arange(int(b - a))
             mask = (at[:, None] >= at) & (at[:, None] - at <= (left if left >= 0 else max_q))
             heads = [x[a:b].transpose(0, 1).float() for x in (q, k, v)]
-            o = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=options.get("scale"), enable_gqa=True)
+            o = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=options.get("scale"),
+                                                                 enable_gqa=True)
             out.append(o.transpose(0, 1))
         return torch.cat(out).to(q.dtype)
 
@@ -260,17 +268,20 @@ def test_cuda_flattens_packs_into_one_list_of_documents(monkeypatch, takes):
         expected = reference_attend(q, k, v, segments=segments, window=window, scale=scale, sinks=sinks)
         torch.testing.assert_close(got, expected, rtol=2 ** -7, atol=2 ** -7)    # two roundings to bf16
     assert calls == ([-1, 0, 3] if "window_size" in takes else [-1])             # the rest went by the mask
-    got = attention._attend_cuda(q, k, v[..., :4], segments, None, 8 ** -0.5, None)         # MLA's values are narrower: padded for the kernel
+    # MLA's values are narrower: padded for the kernel
+    got = attention._attend_cuda(q, k, v[..., :4], segments, None, 8 ** -0.5, None)
     torch.testing.assert_close(got, reference_attend(q, k, v[..., :4], segments=segments), rtol=2 ** -7, atol=2 ** -7)
     assert len(calls) == (4 if "window_size" in takes else 2)
     wide = [x.double() for x in (q, k, v)]
-    assert_close([attention._attend_cuda(*wide, segments, 4, 0.5, None)], [reference_attend(*wide, segments=segments, window=4, scale=0.5)])
+    assert_close([attention._attend_cuda(*wide, segments, 4, 0.5, None)],
+                 [reference_attend(*wide, segments=segments, window=4, scale=0.5)])
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.bfloat16, 2 ** -6)])
 def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound):
-    """The CUDA path with sinks, on torch's flash kernel for CPUs, which like CUDA's takes outputs and logsumexps and knows no sinks.
+    """The CUDA path with sinks, on torch's flash kernel for CPUs, which like CUDA's takes outputs and logsumexps and
+    knows no sinks.
 
     Logsumexps pass through float32, so float64 agrees to that.
     """
@@ -280,24 +291,29 @@ def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound)
         for a, b in pairwise(ends.tolist()):
             if b > a:
                 seen = visible(segments_of([b - a]), b - a, None if left is None else left + 1)[0]
-                yield slice(a, b), {"attn_mask": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf), "scale": options["scale"]}
+                yield slice(a, b), {"attn_mask": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf),
+                                    "scale": options["scale"]}
 
     heads = lambda x, at: x[at].transpose(0, 1).unsqueeze(0)
     back = lambda x: x.squeeze(0).transpose(0, 1)
 
     def flash(q, k, v, ends, longest, options):
-        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads(q, at), heads(k, at), heads(v, at), **how)
+        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads(q, at), heads(k, at), heads(v, at),
+                                                                             **how)
                   for at, how in parts(ends, options)]
-        return torch.cat([back(o) for o, _ in pieces]), torch.cat([lse[0].float() for _, lse in pieces], 1), "seed", "unused"
+        return torch.cat([back(o) for o, _ in pieces]), torch.cat([lse[0].float() for _, lse in pieces],
+                                                                  1), "seed", "unused"
 
     def flash_backward(g, q, k, v, o, lse, ends, longest, options, state):
         assert state == ["seed", "unused"] and lse.dtype == torch.float32
         lse = lse.to(torch.promote_types(dtype, torch.float32))
         pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            heads(g, at), *(heads(x, at) for x in (q, k, v, o)), lse[None, :, at], 0.0, False, **how) for at, how in parts(ends, options)]
+            heads(g, at), *(heads(x, at) for x in (q, k, v, o)), lse[None, :, at], 0.0, False, **how)
+                  for at, how in parts(ends, options)]
         return tuple(torch.cat([back(x) for x in gradients]) for gradients in zip(*pieces, strict=True))
 
-    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size"})))          # no grouped heads: they are repeated
+    # no grouped heads: they are repeated
+    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size"})))
     monkeypatch.setattr(attention, "_flash", flash)
     monkeypatch.setattr(attention, "_flash_backward", flash_backward)
     inputs, segments = tensors(2, 12, 4, 2, 8, dtype, sinks=True), segments_of([5, 7], [2, 1, 9])
@@ -305,8 +321,10 @@ def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound)
     def through(q, k, v, segments, window, sinks):
         if dtype == torch.bfloat16:
             return attention._attend_cuda(q, k, v, segments, window, 8 ** -0.5, sinks)
-        k, v, ends = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), torch.tensor([0, 5, 12, 14, 15, 24], dtype=torch.int32)
-        return attention._FlashWithSinks.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window, 8 ** -0.5).view_as(q)
+        k, v, ends = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), torch.tensor([0, 5, 12, 14, 15, 24],
+                                                                                        dtype=torch.int32)
+        return attention._FlashWithSinks.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window,
+                                               8 ** -0.5).view_as(q)
 
     got = out_and_gradients(through, inputs, segments=segments, window=window)
     expected = out_and_gradients(reference_attend, inputs, segments=segments, window=window)
@@ -321,7 +339,8 @@ def test_cuda_sinks_are_an_operator_of_torch_with_these_arguments(monkeypatch, w
     monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size", "enable_gqa"})))
     inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
               for shape in ((2, 12, 4, 64), (2, 12, 2, 64), (2, 12, 2, 64), (4,))]
-    o = attention._attend_cuda(*inputs[:3], torch.zeros(2, 4, dtype=torch.int32, device="meta"), window, 0.125, inputs[3])
+    o = attention._attend_cuda(*inputs[:3], torch.zeros(2, 4, dtype=torch.int32, device="meta"), window, 0.125,
+                               inputs[3])
     assert o.shape == inputs[0].shape and o.dtype == torch.bfloat16
     assert [(g.shape, g.dtype) for g in torch.autograd.grad(o.sum(), inputs)] == [(x.shape, x.dtype) for x in inputs]
 

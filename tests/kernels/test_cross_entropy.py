@@ -14,7 +14,8 @@ EXACT = 1e-12                       # float64, sums of at most 100 terms of size
 
 def drawn(T, V, D, dtype=torch.float64, seed=0, size=1.0):
     g = torch.Generator().manual_seed(seed)
-    x, weight = (torch.randn(n, D, generator=g, dtype=torch.float64).mul(size).to(dtype).requires_grad_() for n in (T, V))
+    x, weight = (torch.randn(n, D, generator=g, dtype=torch.float64).mul(size).to(dtype).requires_grad_()
+                 for n in (T, V))
     labels = torch.randint(V, (T,), generator=g)
     weights = torch.rand(T, generator=g) * (torch.rand(T, generator=g) > 0.3)
     return x, weight, labels, weights
@@ -23,7 +24,8 @@ def drawn(T, V, D, dtype=torch.float64, seed=0, size=1.0):
 def formula(x, weight, labels, weights, z_loss=0.0):
     """Torch's own cross-entropy of whole logits, and the z-loss written out."""
     logits = x @ weight.T
-    return (F.cross_entropy(logits, labels, reduction="none") * weights).sum() + z_loss * (logits.exp().sum(-1).log() ** 2 * weights).sum()
+    return (F.cross_entropy(logits, labels, reduction="none")
+            * weights).sum() + z_loss * (logits.exp().sum(-1).log() ** 2 * weights).sum()
 
 
 @pytest.fixture
@@ -51,9 +53,11 @@ def test_loss_and_gradients_are_the_formulas(T, V, D, z_loss, needs):
 
 def test_logprobs_and_gradients_are_the_formulas(small_chunks):
     x, weight, labels, weights = drawn(23, 17, 6)
-    got, expected, g = token_logprobs(x, weight, labels), (x @ weight.T).log_softmax(-1)[torch.arange(23), labels], weights.double()
+    got, expected, g = token_logprobs(x, weight, labels), (x @ weight.T).log_softmax(-1)[torch.arange(23),
+                                                                                         labels], weights.double()
     torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT)
-    for a, b in zip(torch.autograd.grad(got, (x, weight), g), torch.autograd.grad(expected, (x, weight), g), strict=True):
+    for a, b in zip(torch.autograd.grad(got, (x, weight), g), torch.autograd.grad(expected, (x, weight), g),
+                    strict=True):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
@@ -70,7 +74,8 @@ def test_hopeless_labels_have_a_finite_loss():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fast", [True, False])
 def test_narrow_dtypes_lose_no_more_than_their_products(monkeypatch, small_chunks, dtype, fast):
-    """With products in the dtype logits are rounded to it, and so are probabilities before they meet x and weight; else in float32."""
+    """With products in the dtype logits are rounded to it, and so are probabilities before they meet x and weight; else
+    in float32."""
     wide = dtype if fast else torch.float32
     monkeypatch.setattr(cross_entropy, "product_dtype", lambda *_: wide)
     x, weight, labels, weights = drawn(30, 50, 16, dtype)
@@ -84,7 +89,8 @@ def test_narrow_dtypes_lose_no_more_than_their_products(monkeypatch, small_chunk
     assert abs(loss.item() - expected.item()) <= 2 * moved * weights.sum() + accumulated * expected.item()
     p, hot = logits.softmax(-1), F.one_hot(labels, 50).double()
     terms = (p + hot) * weights[:, None]
-    part = (2 * moved).exp() - 1 + unit + torch.finfo(dtype).eps                 # of a term: its logits moved, two roundings and the result's
+    # of a term: its logits moved, two roundings and the result's
+    part = (2 * moved).exp() - 1 + unit + torch.finfo(dtype).eps
     for got, want, size in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, (x64, weight64)),
                                (terms @ weight64.abs(), terms.T @ x64.abs()), strict=True):
         assert got.dtype == dtype
@@ -101,7 +107,8 @@ def test_flops_are_three_products_of_the_tokens_that_count(masked):
                "frozen": lambda: linear_cross_entropy(x, weight.detach(), labels, weights).backward(),
                "logprobs": lambda: (token_logprobs(x, weight, labels) * weights).sum().backward()}
     whole = 2 * 24 * 50 * 8
-    for kind, expected in {"all": 3 * product, "evaluation": product, "frozen": 2 * product, "logprobs": whole + 3 * product}.items():
+    for kind, expected in {"all": 3 * product, "evaluation": product, "frozen": 2 * product,
+                           "logprobs": whole + 3 * product}.items():
         with FlopCounterMode(display=False) as counter:
             loss_of[kind]()
         assert counter.get_total_flops() == expected, kind
@@ -153,7 +160,8 @@ def test_under_torch_func():
     expected = torch.autograd.grad(linear_cross_entropy(x, weight, labels, weights, z_loss=0.1), (x, weight))
     for a, b in zip((dx, dweight.sum(0)), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
-    _, along = torch.func.jvp(lambda w: token_logprobs(x.detach(), w, labels).sum(), (weight.detach(),), (torch.ones_like(weight),))
+    _, along = torch.func.jvp(lambda w: token_logprobs(x.detach(), w, labels).sum(), (weight.detach(),),
+                              (torch.ones_like(weight),))
     gradient, = torch.autograd.grad(token_logprobs(x, weight, labels).sum(), weight)
     torch.testing.assert_close(along, gradient.sum(), rtol=EXACT, atol=EXACT)
 

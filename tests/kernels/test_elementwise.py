@@ -1,4 +1,5 @@
-"""swiglu, plain and weighted, against torch's silu, apply_rope against transformers'; gradients, what they save, and that they compile whole."""
+"""swiglu, plain and weighted, against torch's silu, apply_rope against transformers'; gradients, what they save, and
+that they compile whole."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ EXACT = 1e-13
 
 
 def leaf(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+    return torch.randn(shape, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def angles(P, T, d, dtype=torch.float64):
@@ -32,7 +34,8 @@ def saved_elements(fn, *args):
 def assert_same(fn, expected_fn, inputs):
     got, expected = fn(*inputs), expected_fn(*inputs)
     g = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(5))
-    for a, b in zip([got, *torch.autograd.grad(got, inputs, g)], [expected, *torch.autograd.grad(expected, inputs, g)], strict=True):
+    for a, b in zip([got, *torch.autograd.grad(got, inputs, g)], [expected, *torch.autograd.grad(expected, inputs, g)],
+                    strict=True):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
@@ -40,8 +43,9 @@ def assert_same(fn, expected_fn, inputs):
 def test_swiglu_is_the_formula(monkeypatch, small):
     monkeypatch.setattr(swiglu_kernel, "SMALL", small)
     assert_same(swiglu, lambda gate, up: gate * torch.sigmoid(gate) * up, [leaf(5, 7), leaf(5, 7, seed=1)])
-    both = leaf(5, 14)                                                          # halves of one product: rows with gaps between them
-    assert_same(lambda both: swiglu(*both.chunk(2, -1)), lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1], [both])
+    both = leaf(5, 14)  # halves of one product: rows with gaps between them
+    assert_same(lambda both: swiglu(*both.chunk(2, -1)), lambda both: F.silu(both.chunk(2, -1)[0])
+                * both.chunk(2, -1)[1], [both])
 
 
 def test_swiglu_saves_its_inputs_alone(monkeypatch):
@@ -56,25 +60,31 @@ def test_weighted_swiglu_is_the_formula(monkeypatch, small, piece):
     formula = lambda gate, up, weights: gate * torch.sigmoid(gate) * up * weights[:, None]
     weights = leaf(5, seed=2)
     with torch.no_grad():
-        weights[1] = 0                                                          # its gradient is not that of a product divided by it
+        weights[1] = 0  # its gradient is not that of a product divided by it
     assert_same(weighted_swiglu, formula, [leaf(5, 7), leaf(5, 7, seed=1), weights])
     both = leaf(5, 14)
-    assert_same(lambda *x: weighted_swiglu(*x[0].chunk(2, -1), x[1]), lambda *x: formula(*x[0].chunk(2, -1), x[1]), [both, weights])
+    assert_same(lambda *x: weighted_swiglu(*x[0].chunk(2, -1), x[1]), lambda *x: formula(*x[0].chunk(2, -1), x[1]),
+                [both, weights])
     assert_same(weighted_swiglu, formula, [leaf(0, 7), leaf(0, 7), leaf(0)])
-    assert_same(lambda w: weighted_swiglu(both[:, :7], both[:, 7:], w), lambda w: formula(both[:, :7], both[:, 7:], w), [weights])
+    assert_same(lambda w: weighted_swiglu(both[:, :7], both[:, 7:], w), lambda w: formula(both[:, :7], both[:, 7:], w),
+                [weights])
 
 
 def test_weighted_swiglu_in_bf16_with_wide_weights(monkeypatch):
-    """As experts call it: narrow rows, float32 weights. Each of at most four operations rounds by half a unit; sums are wide."""
+    """As experts call it: narrow rows, float32 weights. Each of at most four operations rounds by half a unit; sums are
+    wide."""
     monkeypatch.setattr(swiglu_kernel, "SMALL", 0)
-    inputs = leaf(6, 8, dtype=torch.bfloat16), leaf(6, 8, seed=1, dtype=torch.bfloat16), leaf(6, seed=2, dtype=torch.float32)
+    inputs = leaf(6, 8, dtype=torch.bfloat16), leaf(6, 8, seed=1, dtype=torch.bfloat16), leaf(6, seed=2,
+                                                                                              dtype=torch.float32)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     got, expected = weighted_swiglu(*inputs), F.silu(exact[0]) * exact[1] * exact[2][:, None]
     g = leaf(6, 8, seed=5, dtype=torch.bfloat16).detach()
-    size = (F.silu(exact[0]).abs() * exact[1].abs() * g.double().abs()).sum(1).detach()                     # of the weights' gradients' terms
+    # of the weights' gradients' terms
+    size = (F.silu(exact[0]).abs() * exact[1].abs() * g.double().abs()).sum(1).detach()
     sizes = [None, None, None, size]
-    for a, b, like, size in zip([got, *torch.autograd.grad(got, inputs, g)], [expected, *torch.autograd.grad(expected, exact, g.double())],
-                                [inputs[0], *inputs], sizes, strict=True):
+    for a, b, like, size in zip([got, *torch.autograd.grad(got, inputs, g)],
+                                [expected, *torch.autograd.grad(expected, exact, g.double())], [inputs[0], *inputs],
+                                sizes, strict=True):
         assert a.dtype == like.dtype
         assert ((a.double() - b).abs() <= 4 * 2 ** -8 * (b.abs() if size is None else size)).all()
 
@@ -94,12 +104,14 @@ def test_rope_is_transformers(heads_first):
 
 def test_rope_with_other_angles_in_each_half():
     cos, sin = torch.rand(2, 2, 6, 8, dtype=torch.float64)
-    assert_same(lambda x: apply_rope(x, cos, sin), lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0], [leaf(2, 6, 4, 8)])
+    assert_same(lambda x: apply_rope(x, cos, sin), lambda x: apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0],
+                [leaf(2, 6, 4, 8)])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_of_the_last_dims(interleaved):
-    """DeepSeek's heads: dims without a position in front; transformers lays interleaved pairs out as halves, we leave them."""
+    """DeepSeek's heads: dims without a position in front; transformers lays interleaved pairs out as halves, we leave
+    them."""
     cos, sin = angles(2, 6, 8)
 
     def theirs(x):
@@ -119,7 +131,8 @@ def test_rope_in_bf16_is_rounded_once():
     got = apply_rope(x, cos, sin)
     exact = apply_rotary_pos_emb(x.double(), x.double(), cos.double(), sin.double(), unsqueeze_dim=2)[0]
     assert got.dtype == torch.bfloat16
-    assert ((got.double() - exact).abs() <= 2 ** -8 * exact.abs() + 2 ** -20).all()      # half a unit of bf16, and float32's own error
+    # half a unit of bf16, and float32's own error
+    assert ((got.double() - exact).abs() <= 2 ** -8 * exact.abs() + 2 ** -20).all()
     assert torch.autograd.grad(got.sum(), x)[0].dtype == torch.bfloat16
 
 
@@ -153,7 +166,8 @@ def test_errors_say_what_does_not_fit():
     cos, sin = angles(1, 6, 8)
     with pytest.raises(ValueError, match="must be alike"):
         swiglu(leaf(5, 7), leaf(5, 6))
-    for args in ((leaf(5, 7), leaf(5, 6), leaf(5)), (leaf(5, 7), leaf(5, 7), leaf(7)), (leaf(5, 7), leaf(5, 7, dtype=torch.float32), leaf(5))):
+    for args in ((leaf(5, 7), leaf(5, 6), leaf(5)), (leaf(5, 7), leaf(5, 7), leaf(7)),
+                 (leaf(5, 7), leaf(5, 7, dtype=torch.float32), leaf(5))):
         with pytest.raises(ValueError, match="weighted_swiglu"):
             weighted_swiglu(*args)
     for x in (leaf(6, 4, 8), leaf(1, 5, 4, 8), leaf(1, 6, 4, 6)):

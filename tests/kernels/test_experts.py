@@ -1,4 +1,5 @@
-"""Tokens to experts and back against the dense formula in float64: y_t = sum_k w_tk * expert(e_tk)(x_t); and each part by itself."""
+"""Tokens to experts and back against the dense formula in float64: y_t = sum_k w_tk * expert(e_tk)(x_t); and each part
+by itself."""
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,8 @@ EXACT = 1e-12                                                      # float64, su
 
 
 def leaf(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + len(shape))).to(dtype).requires_grad_()
+    return torch.randn(shape, dtype=torch.float64,
+                       generator=torch.Generator().manual_seed(seed + len(shape))).to(dtype).requires_grad_()
 
 
 def layer(x_TD, weights_TK, up, down, experts_TK):
@@ -62,7 +64,8 @@ PAIRS = 9
 def gated(x_TD, weights_TK, gate, gate_bias, up, down, experts_TK=EXPERTS_TK):
     """As Qwen3-MoE has it: the weight multiplies the narrow rows."""
     rows = arrive(dispatch(x_TD, weights_TK, plan(experts_TK, len(gate))))
-    both = (grouped_linear(rows.x_ND, node, rows.offsets_E) for node in ({"weight": gate, "bias": gate_bias}, {"weight": up}))
+    both = (grouped_linear(rows.x_ND, node, rows.offsets_E)
+            for node in ({"weight": gate, "bias": gate_bias}, {"weight": up}))
     return home(combine(grouped_linear(weighted_swiglu(*both, rows.weights_N), {"weight": down}, rows.offsets_E), rows))
 
 
@@ -82,7 +85,8 @@ def test_compiled_whole_and_once_for_every_routing():
     compiled = torch.compile(gated, fullgraph=True, backend=count)
     leaves = gated_leaves()
     for experts_TK in (EXPERTS_TK, torch.full((6, 2), -1), torch.tensor([[2, 0]]).repeat(6, 1)):
-        got, expected = (value_and_gradients(lambda *args, fn=fn, e=experts_TK: fn(*args, e), leaves) for fn in (compiled, gated))
+        got, expected = (value_and_gradients(lambda *args, fn=fn, e=experts_TK: fn(*args, e), leaves)
+                         for fn in (compiled, gated))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
     assert count.frame_count == 1
@@ -101,7 +105,8 @@ def test_under_torch_func():
     experts_BTK = torch.stack([EXPERTS_TK, EXPERTS_TK.flip(0), torch.full((6, 2), -1)])
     x_BTD = torch.stack([values[0], 2 * values[0], values[0]])
     one = lambda x, e, weights, *params: gated(x, weights, *params, e).square().sum()
-    by_example = torch.func.vmap(torch.func.grad(one, argnums=(0, 2, 3, 4, 5, 6)), in_dims=(0, 0, *[None] * 5))(x_BTD, experts_BTK, *values[1:])
+    by_example = torch.func.vmap(torch.func.grad(one, argnums=(0, 2, 3, 4, 5, 6)),
+                                 in_dims=(0, 0, *[None] * 5))(x_BTD, experts_BTK, *values[1:])
     for i in range(3):
         inputs = [x_BTD[i].clone().requires_grad_(), *leaves[1:]]
         want = torch.autograd.grad(gated(*inputs, experts_BTK[i]).square().sum(), inputs)
@@ -120,13 +125,15 @@ def test_flops_are_those_of_the_pairs(experts_TK):
     frozen = [x.detach().requires_grad_(x.dim() == 2) for x in leaves]
     with FlopCounterMode(display=False) as backward:
         gated(*frozen, experts_TK).sum().backward()
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()                    # products of the forward pass, and of x's gradient
+    # products of the forward pass, and of x's gradient
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
 def saved(fn):
     """Elements that autograd saves, by shape."""
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append((tuple(x.shape), x.data_ptr())) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append((tuple(x.shape), x.data_ptr()))
+                                                  or x, lambda x: x):
         fn()
     return sorted(shape for shape, _ in set(shapes))
 
@@ -138,7 +145,8 @@ def test_what_is_saved(monkeypatch):
     weights, offsets = [(4, 8, 8)] * 3, [(4,)]
     assert saved(lambda: gated(*leaves)) == sorted([*weights, *offsets, *[(12, 8)] * 4, (12,)])
     frozen = [x.detach().requires_grad_(x.dim() < 3) for x in leaves]
-    assert saved(lambda: gated(*frozen)) == sorted([*weights, *offsets, *[(12, 8)] * 2, (12,)])      # neither the rows nor h
+    # neither the rows nor h
+    assert saved(lambda: gated(*frozen)) == sorted([*weights, *offsets, *[(12, 8)] * 2, (12,)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -172,7 +180,7 @@ def test_spread_and_collect_are_a_matrix_and_its_transpose(A, B, extra, random):
     x_AD, y_BD = leaf(A, 3), leaf(B, 3)
     assert_same(spread(x_AD, src_B, where_AK), hot_BA @ x_AD, [x_AD])
     assert_same(collect(y_BD, src_B, where_AK), hot_BA.T @ y_BD, [y_BD])
-    torch.testing.assert_close(kernel._rows(x_AD, src_B), hot_BA @ x_AD)                            # what other devices run
+    torch.testing.assert_close(kernel._rows(x_AD, src_B), hot_BA @ x_AD)  # what other devices run
     torch.testing.assert_close(kernel._summed(y_BD, where_AK), hot_BA.T @ y_BD, rtol=EXACT, atol=EXACT)
 
 
@@ -184,7 +192,8 @@ def test_sums_in_bf16_are_rounded_once(gone):
     exact = torch.nn.functional.pad(y_BD.double(), (0, 0, 0, 1))[where_AK].sum(1)
     for got in (collect(y_BD, torch.empty(0, dtype=torch.int64), where_AK), kernel._summed(y_BD, where_AK)):
         assert got.dtype == torch.bfloat16
-        assert ((got.double() - exact).abs() <= 2 ** -8 * exact.abs() + 2 ** -20).all()            # half a unit, and float32's own error
+        # half a unit, and float32's own error
+        assert ((got.double() - exact).abs() <= 2 ** -8 * exact.abs() + 2 ** -20).all()
 
 
 # ---------------------------------------------------------------- products
@@ -200,17 +209,19 @@ def test_narrow_products_lose_no_more_than_their_rounding(monkeypatch, dtype, co
     got = grouped_linear(x, {"weight": weight, "bias": bias}, offsets)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = kernel.reference_grouped_linear(*wide, offsets)
-    sizes = kernel.reference_grouped_linear(*(t.abs() for t in wide), offsets)                       # of the terms that are summed
-    gradients = torch.autograd.grad(got, (x, weight, bias), g), torch.autograd.grad(expected, wide, g.double(), retain_graph=True)
+    sizes = kernel.reference_grouped_linear(*(t.abs() for t in wide), offsets)  # of the terms that are summed
+    gradients = torch.autograd.grad(got, (x, weight, bias), g), torch.autograd.grad(expected, wide, g.double(),
+                                                                                    retain_graph=True)
     magnitudes = [d.abs() for d in torch.autograd.grad(sizes, wide, g.double().abs())]
-    unit = torch.finfo(dtype).eps                                                                    # a product's rounding, and the result's
+    unit = torch.finfo(dtype).eps  # a product's rounding, and the result's
     for a, b, size in zip([got, *gradients[0]], [expected, *gradients[1]], [sizes, *magnitudes], strict=True):
         assert a.dtype == dtype
         assert ((a.double() - b).abs() <= unit * size).all()
 
 
 def test_the_way_of_an_accelerator(monkeypatch):
-    """`F.grouped_mm`, which leaves rows past the last offset and weights of experts without rows as they were: on CPU it runs in float32."""
+    """`F.grouped_mm`, which leaves rows past the last offset and weights of experts without rows as they were: on CPU
+    it runs in float32."""
     leaves = gated_leaves(torch.float32)
     exact = value_and_gradients(gated, [x.detach().double().requires_grad_() for x in leaves])
     calls = []
@@ -255,7 +266,8 @@ def test_operators_are_sound():
     for b in (None, bias):
         check(torch.ops.xtf.grouped_linear.default, (x, weight, b, p.offsets_E))
     for rows in (None, x.detach()):
-        check(torch.ops.xtf.grouped_linear_backward.default, (g, rows, weight.detach(), p.offsets_E, True, rows is None))
+        check(torch.ops.xtf.grouped_linear_backward.default,
+              (g, rows, weight.detach(), p.offsets_E, True, rows is None))
 
 
 def test_errors_say_what_does_not_fit():

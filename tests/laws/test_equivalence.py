@@ -1,4 +1,5 @@
-"""Laws 1 to 5 on a user's model and step: any layout is the same function; planted mistakes are caught, shrunk and named."""
+"""Laws 1 to 5 on a user's model and step: any layout is the same function; planted mistakes are caught, shrunk and
+named."""
 import re
 import time
 from dataclasses import replace
@@ -31,19 +32,21 @@ def test_any_layout_is_the_same_function_at_length():
 
 def test_microbatches_are_the_whole_batch():
     """Law 4, with two and more packs a rank."""
-    packs = lambda layout: token_batches(outsider.V)(replace(layout, mesh=(*layout.mesh, ("dp", 2)) if "dp" not in layout.sizes else layout.mesh))
+    packs = lambda layout: token_batches(outsider.V)(replace(layout, mesh=(*layout.mesh, ("dp", 2))
+                                                             if "dp" not in layout.sizes else layout.mesh))
     even = lambda layout: packs(layout).filter(lambda b: b.input_ids.shape[0] % (2 * layout.pack_ranks) == 0)
-    assert_equivalent(partial(outsider.step, k=2), layouts(4), reference=outsider.step, batches=even, examples=15, tolerance=1e-12,
-                      specs=USER["specs"], opt=USER["opt"])
+    assert_equivalent(partial(outsider.step, k=2), layouts(4), reference=outsider.step, batches=even, examples=15,
+                      tolerance=1e-12, specs=USER["specs"], opt=USER["opt"])
 
 
 @pytest.mark.parametrize("store", [(), ("dp",)])
 def test_compiled_blocks_are_the_same_function(store):
     """Law 5 under fullgraph compilation, with saved views and with the all-to-alls of ulysses inside the graph."""
-    compiled = [Layout((("dp", 2),), store, compile=True, donate=True), Layout((("sp", 2),), ("sp",) if store else (), compile=True)]
+    compiled = [Layout((("dp", 2),), store, compile=True, donate=True),
+                Layout((("sp", 2),), ("sp",) if store else (), compile=True)]
     for layout in compiled:
-        assert_equivalent(outsider.step, [layout], batches=token_batches(outsider.V, max_packs=1, max_len=4), examples=2, tolerance=1e-12,
-                          specs=USER["specs"], opt=USER["opt"])
+        assert_equivalent(outsider.step, [layout], batches=token_batches(outsider.V, max_packs=1, max_len=4),
+                          examples=2, tolerance=1e-12, specs=USER["specs"], opt=USER["opt"])
 
 
 def failure(step, drawn, **kw) -> str:
@@ -64,12 +67,14 @@ def test_a_mean_of_means_shrinks_to_the_smallest_mesh_and_batch():
 
 
 def hand_gather(grad_placements):
-    """A transform that gathers by DTensor's own means in `use`; without Partial gradients the loss is right and the gradients wrong."""
+    """A transform that gathers by DTensor's own means in `use`; without Partial gradients the loss is right and the
+    gradients wrong."""
     def wrap(ops, env):
         def gathered(p):
             if not isinstance(p, DTensor):
                 return p
-            d = DTensor.from_local(local(p), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+            d = DTensor.from_local(local(p), p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                                   stride=p.stride())
             d = d.redistribute(placements=[Replicate()] * p.device_mesh.ndim)
             return d.to_local(grad_placements=[Partial()] * p.device_mesh.ndim if grad_placements else None)
         return replace(ops, use=lambda fn, params, *args: fn(tree.tree_map(gathered, params), *args))
@@ -97,7 +102,8 @@ def test_a_missing_sum_over_sp_is_caught():
 
 
 def test_unscaled_microbatches_are_caught():
-    even = lambda layout: token_batches(outsider.V)(layout).filter(lambda b: b.input_ids.shape[0] == 2 and b.loss_mask.sum() > 2)
+    even = lambda layout: token_batches(outsider.V)(layout).filter(lambda b: b.input_ids.shape[0] == 2
+                                                                   and b.loss_mask.sum() > 2)
     kw = {"specs": USER["specs"], "opt": USER["opt"], "batches": even, "vocab_size": None}
     assert "differs" in failure(partial(outsider.step, k=2, mean=True), [Layout()], reference=outsider.step, **kw)
 
@@ -128,4 +134,5 @@ def test_compiled_blocks_in_bf16():
 def find_batch():
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(outsider.V, (2, 8), generator=g)
-    return Batch(ids, ids.roll(-1, 1), torch.ones(2, 8), torch.arange(8).expand(2, 8), torch.tensor([[0, 8, 8]] * 2, dtype=torch.int32))
+    return Batch(ids, ids.roll(-1, 1), torch.ones(2, 8), torch.arange(8).expand(2, 8),
+                 torch.tensor([[0, 8, 8]] * 2, dtype=torch.int32))

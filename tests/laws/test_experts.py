@@ -37,7 +37,8 @@ def assert_same(name, layout, batch, k=1, over="document", same=False, adapters=
 
 
 def drawn(max_ranks):
-    """A law over all that is drawn: family, mesh, storage, experts' axis and strategy, overlap, remat, micro-batches, adapters, balance, order."""
+    """A law over all that is drawn: family, mesh, storage, experts' axis and strategy, overlap, remat, micro-batches,
+    adapters, balance, order."""
     @given(st.data())
     def law(data):
         name = data.draw(st.sampled_from(list(M.CONFIGS)), label="model")
@@ -82,7 +83,7 @@ def test_compiled_blocks_are_the_same_function(name, experts):
     assert_same(name, Layout((("ep", 2),), ("ep",), experts=experts, compile=True, donate=True), a_batch(4))
 
 
-# ---- planted mistakes -------------------------------------------------------------------------------------------------------------------
+# ---- planted mistakes ------------------------------------------------------------------------------------------------
 
 def caught(name, layout, **kw):
     with pytest.raises(AssertionError) as failure:
@@ -98,7 +99,8 @@ def divided_by_ep():
     def wrap(ops, env):
         def collect(grads, leaves):
             expert = ["expert" in p.axes for p in tree.leaves(M.family("qwen3_moe")[2])]
-            return [g / env.size("ep") if e and g is not None else g for g, e in zip(ops.collect(grads, leaves), expert, strict=True)]
+            return [g / env.size("ep") if e and g is not None else g
+                    for g, e in zip(ops.collect(grads, leaves), expert, strict=True)]
         return replace(ops, collect=collect)
     return xtf.Transform("divided", 98, wrap)
 
@@ -114,7 +116,8 @@ def test_a_balance_of_local_means_is_caught():
 def whole_sinks():
     """Every rank of sp uses the first heads' sinks."""
     def wrap(ops, env):
-        first = lambda q, k, v, sinks=None, **kw: ops.attend(q, k, v, sinks=None if sinks is None else torch.cat([sinks[:q.shape[2] // 2]] * 2), **kw)
+        first = lambda q, k, v, sinks=None, **kw: ops.attend(q, k, v, sinks=None if sinks is None
+                                                             else torch.cat([sinks[:q.shape[2] // 2]] * 2), **kw)
         return replace(ops, attend=first)
     return xtf.Transform("whole sinks", 21, wrap)
 
@@ -125,15 +128,18 @@ def test_a_sink_not_split_under_sp_is_caught():
 
 def padding_for_experts():
     """Padding is sent to an expert."""
-    return xtf.Transform("padding", 26, lambda ops, env: replace(ops, plan=lambda experts_TK, E: ops.plan(experts_TK.clamp(min=0), E)))
+    return xtf.Transform("padding",
+                         26, lambda ops, env: replace(ops,
+                                                      plan=lambda experts_TK, E: ops.plan(experts_TK.clamp(min=0), E)))
 
 
 def test_padding_for_experts_changes_nothing_but_work():
-    """Its weights are 0, so this is no mistake in a value; what must not happen is that it is counted (`router_violation` is a metric)."""
+    """Its weights are 0, so this is no mistake in a value; what must not happen is that it is counted
+    (`router_violation` is a metric)."""
     assert_same("qwen3_moe", replace(EP2, extra=(padding_for_experts,)), a_batch())
 
 
-# ---- bytes, bounds, order ---------------------------------------------------------------------------------------------------------------
+# ---- bytes, bounds, order --------------------------------------------------------------------------------------------
 
 def on_ranks(num_ranks, fn, *args):
     return pool(num_ranks).run(fn, *args)
@@ -160,12 +166,14 @@ def bytes_and_routes(batch, mesh_sizes):
 
 
 def test_bytes_are_distinct_token_and_rank_pairs():
-    """A row for each (token, other rank), not for each expert; its ids and weights with it; one row home; the same again in backward."""
+    """A row for each (token, other rank), not for each expert; its ids and weights with it; one row home; the same
+    again in backward."""
     R, cfg = 4, M.family("qwen3_moe")[1]
     K, D, E, itemsize = cfg.num_experts_per_tok, cfg.hidden_size, M.EXPERTS, 8
     answers = on_ranks(R, bytes_and_routes, a_batch(), (("ep", R),))
     layers = len(answers[0][1])
-    pairs = [[{(r, int(t), int(e) // (E // R)) for t, row in enumerate(experts[i].flatten(0, 1)) for e in row if e >= 0 and int(e) // (E // R) != r}
+    pairs = [[{(r, int(t), int(e) // (E // R)) for t, row in enumerate(experts[i].flatten(0, 1)) for e in row if e >= 0
+               and int(e) // (E // R) != r}
               for r, (_, experts) in enumerate(answers)] for i in range(layers)]
     for r, (sent, _) in enumerate(answers):
         want = 0
@@ -178,7 +186,8 @@ def test_bytes_are_distinct_token_and_rank_pairs():
 
 
 def run_steps(name, layout, batch, bounds, donate):
-    """One step that does not fit, then one with room, on the same state; returns the error, and whether every bit of the state stayed."""
+    """One step that does not fit, then one with room, on the same state; returns the error, and whether every bit of
+    the state stayed."""
     _, _, specs, extra = M.family(name)
     m = shared_mesh(layout)
     more = (jit(compile=False),) if donate else ()
@@ -192,7 +201,8 @@ def run_steps(name, layout, batch, bounds, donate):
         message = ""
     except Overflow as e:
         message = str(e)
-    same = all(torch.equal(a, whole(b)) for a, b in zip(before, [x for x in tree.leaves(state) if isinstance(x, torch.Tensor)], strict=True))
+    same = all(torch.equal(a, whole(b))
+               for a, b in zip(before, [x for x in tree.leaves(state) if isinstance(x, torch.Tensor)], strict=True))
     _, metrics = roomy(state, cut(batch, m))
     return message, same, metrics["dropped"].item()
 
@@ -203,7 +213,7 @@ def test_an_overflow_withholds_the_update_and_says_what_was_needed(bounds, donat
     for message, same, dropped in on_ranks(2, run_steps, "deepseek_v3", (("ep", 2),), a_batch(), bounds, donate):
         needed = [int(n) for n in re.findall(r"(?:rows|pairs)=(\d+)", message)]
         assert same and dropped == 0
-        assert needed[2] > bounds[0] or needed[3] > bounds[1], message            # (the first two are the bounds themselves)
+        assert needed[2] > bounds[0] or needed[3] > bounds[1], message  # (the first two are the bounds themselves)
 
 
 def events(batch, mesh_sizes, overlapped):
@@ -217,8 +227,8 @@ def events(batch, mesh_sizes, overlapped):
     def logged():
         def wrap(ops, env):
             named = lambda label, fn: lambda *args: (log.append(label), fn(*args))[1]
-            return replace(ops, dispatch=named("start", ops.dispatch), arrive=named("wait", ops.arrive), combine=named("start home", ops.combine),
-                           home=named("wait home", ops.home))
+            return replace(ops, dispatch=named("start", ops.dispatch), arrive=named("wait", ops.arrive),
+                           combine=named("start home", ops.combine), home=named("wait home", ops.home))
         return xtf.Transform("logged", 26, wrap)
 
     def probe(params, batch, ops):
@@ -231,8 +241,8 @@ def events(batch, mesh_sizes, overlapped):
 def test_halves_overlap():
     """While the rows of one half fly, the other half is at work."""
     assert on_ranks(2, events, a_batch(), (("ep", 2),), False)[0] == ["start", "wait", "start home", "wait home"]
-    assert on_ranks(2, events, a_batch(), (("ep", 2),), True)[0] == ["start", "start", "wait", "start home", "wait", "start home",
-                                                                     "wait home", "wait home"]
+    assert on_ranks(2, events, a_batch(), (("ep", 2),), True)[0] == ["start", "start", "wait", "start home", "wait",
+                                                                     "start home", "wait home", "wait home"]
 
 
 def test_odd_packs_cannot_overlap():
@@ -289,7 +299,7 @@ def kept_for_backward(batch, mesh_sizes, routes_of):
         def share(params, batch, ops):
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
                 return module.loss_and_routing(params, batch, cfg, ops, [routes_of(batch.input_ids)])[0]
-        was, swiglu.SMALL = swiglu.SMALL, 0                                  # so few numbers would go through torch's own backward, which keeps more
+        was, swiglu.SMALL = swiglu.SMALL, 0  # so few numbers would go through torch's own backward, which keeps more
         loss, _ = xtf.value_and_grad(share)(params, batch, ops)
         swiglu.SMALL = was
         return sum(kept.values()), pairs[0], loss.item()
@@ -309,7 +319,8 @@ def to_the_first_half(ids_PT):
 
 
 def test_an_even_and_a_lopsided_step_keep_what_the_docs_say():
-    """The fullest of R ranks computes R times its even share; a pair keeps D + 3F numbers and its weight; nothing is dropped, losses are equal."""
+    """The fullest of R ranks computes R times its even share; a pair keeps D + 3F numbers and its weight; nothing is
+    dropped, losses are equal."""
     cfg, batch = M.family("qwen3_moe")[1], a_batch()
     D, width, tokens = cfg.hidden_size, cfg.moe_intermediate_size, int(batch.lengths.sum())
     even = on_ranks(2, kept_for_backward, batch, (("ep", 2),), evenly)
@@ -325,6 +336,7 @@ def test_an_even_and_a_lopsided_step_keep_what_the_docs_say():
 
 
 def test_kept_attention_in_two_halves():
-    """What remat keeps by name it finds again by counting calls, and those of the first half's choice are not made twice."""
+    """What remat keeps by name it finds again by counting calls, and those of the first half's choice are not made
+    twice."""
     for name in ("qwen3_moe", "deepseek_v3"):
         assert_same(name, Layout((("sp", 2),), ("sp",), overlap=True, remat=("attn_out",)), a_batch(4))

@@ -1,4 +1,5 @@
-"""Adapters on real ranks: any layout is the same function, only adapters' gradients travel, and merging and PEFT's files are one process's."""
+"""Adapters on real ranks: any layout is the same function, only adapters' gradients travel, and merging and PEFT's
+files are one process's."""
 import math
 from dataclasses import replace
 from functools import partial
@@ -45,8 +46,10 @@ def test_any_layout_is_the_same_function_at_length():
 
 
 def test_layers_without_adapters():
-    """The first layer has none, so nothing flows back through it; the second has some beside products that have none."""
-    assert_equivalent(outsider.step, layouts(4).map(adapted(2, None, ["layers.1.o", "layers.1.qkv.k"])), examples=4, tolerance=1e-12, **USER)
+    """The first layer has none, so nothing flows back through it; the second has some beside products that have
+    none."""
+    assert_equivalent(outsider.step, layouts(4).map(adapted(2, None, ["layers.1.o", "layers.1.qkv.k"])), examples=4,
+                      tolerance=1e-12, **USER)
 
 
 @pytest.mark.slow
@@ -61,12 +64,14 @@ def test_adapters_of_experts_live_with_them(name):
     _, _, specs, extra = M.family(name)
     layout = adapted(2)(Layout((("dp", 2), ("ep", 2)), ("dp", "ep"), experts="ep"))
     batches = token_batches(M.VOCAB, max_packs=1)
-    assert_equivalent(partial(M.step, name=name), [layout], batches=batches, examples=2, tolerance=1e-11, specs=specs, opt=M.opt, extra=extra)
+    assert_equivalent(partial(M.step, name=name), [layout], batches=batches, examples=2, tolerance=1e-11, specs=specs,
+                      opt=M.opt, extra=extra)
 
 
 def sent_by_a_step(*transforms):
     """(bytes that this rank sent in reduce-scatters, bytes of its padded parts of all trainable leaves)."""
-    step = xtf.shard(outsider.step, fsdp("dp"), *transforms, mesh=shared_mesh((("dp", 2),)), specs=outsider.specs(torch.float32))
+    step = xtf.shard(outsider.step, fsdp("dp"), *transforms, mesh=shared_mesh((("dp", 2),)),
+                     specs=outsider.specs(torch.float32))
     params = xtf.init(step.specs, 0, step.layout)
     ids = torch.arange(16).view(2, 8) % outsider.V
     batch = cut(Batch(ids, ids, torch.ones(2, 8), ids, torch.tensor([[0, 8]] * 2, dtype=torch.int32)), step.mesh)
@@ -75,7 +80,8 @@ def sent_by_a_step(*transforms):
     part = 0
     for (path, p), place in zip(tree.flatten_with_path(step.specs), tree.leaves(step.layout), strict=True):
         rows = p.shape[place.placements[0].dim]
-        part += p.trainable * 4 * -(-rows // 2) * (math.prod(p.shape) // rows) * (2 if path == "embed.weight" else 1)        # the tied head
+        # the tied head
+        part += p.trainable * 4 * -(-rows // 2) * (math.prod(p.shape) // rows) * (2 if path == "embed.weight" else 1)
     return sum(s.bytes for s in sent if s.kind == "reduce_scatter"), part
 
 
@@ -98,7 +104,8 @@ def files_of(out, name, mesh):
     loaded = join(base(params), peft.load(out / "adapter", run.specs, names, t, run.layout))
     begun = peft.start(out / "base", run.specs, names, run.layout)
     local = lambda x: (x._local_tensor if isinstance(x, DTensor) else x).detach()
-    return [path for (path, x), *others in zip(tree.flatten_with_path(params), *map(tree.leaves, (loaded, begun)), strict=True)
+    return [path for (path, x), *others in zip(tree.flatten_with_path(params), *map(tree.leaves, (loaded, begun)),
+                                               strict=True)
             if not all(torch.equal(local(x), local(y)) and x.requires_grad == y.requires_grad for y in others)]
 
 
@@ -109,8 +116,10 @@ def test_files_and_merging_on_any_layout(tmp_path, name):
     for folder, file in (("adapter", peft.FILE), ("merged", "model.safetensors")):
         one, four = (load_file(tmp_path / ranks / folder / file) for ranks in ("one", "four"))
         assert one.keys() == four.keys()
-        for key, x in one.items():                                       # merged on parts: the same sums, of rank 3, in another order at most
-            assert torch.equal(x, four[key]) if folder == "adapter" else torch.allclose(x, four[key], rtol=1e-14, atol=1e-15), key
-    assert Path(tmp_path / "one/adapter" / peft.CONFIG).read_text() == Path(tmp_path / "four/adapter" / peft.CONFIG).read_text()
+        for key, x in one.items():  # merged on parts: the same sums, of rank 3, in another order at most
+            assert torch.equal(x, four[key]) if folder == "adapter" else torch.allclose(x, four[key], rtol=1e-14,
+                                                                                        atol=1e-15), key
+    assert Path(tmp_path / "one/adapter" / peft.CONFIG).read_text() == Path(tmp_path / "four/adapter"
+                                                                            / peft.CONFIG).read_text()
     plain = load_file(tmp_path / "one/base/model.safetensors")
     assert any(not torch.equal(x, plain[key]) for key, x in one.items())

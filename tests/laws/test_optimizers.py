@@ -1,5 +1,5 @@
-"""Laws 1 and 10 of the optimizers on real ranks: every layout gives what one process gives, in placements that follow the parameters';
-Muon's matrices are each made orthogonal once, and move as many bytes as the formula says."""
+"""Laws 1 and 10 of the optimizers on real ranks: every layout gives what one process gives, in placements that follow
+the parameters'; Muon's matrices are each made orthogonal once, and move as many bytes as the formula says."""
 import math
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +15,20 @@ from tests import outsider
 from xtf import tree
 from xtf.layout import like, local
 from xtf.ops import local_matrices
-from xtf.optim import adamw, apply_updates, chain, clip_by_global_norm, ema, hidden_matrix, lion, moments, muon, partition, schedules, sgd
+from xtf.optim import (
+    adamw,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    ema,
+    hidden_matrix,
+    lion,
+    moments,
+    muon,
+    partition,
+    schedules,
+    sgd,
+)
 from xtf.parallel import collectives, fsdp
 from xtf.spec import Normal
 from xtf.testing import assert_equivalent, layouts, pool
@@ -23,7 +36,7 @@ from xtf.testing.laws import shared_mesh
 from xtf.transform import Transform
 
 STEPS = 3
-SHAPES = {                                               # uneven rows, stacked experts, wide and tall, a vector and a scalar
+SHAPES = {  # uneven rows, stacked experts, wide and tall, a vector and a scalar
     "embed": (("vocab", 31), ("embed", 12)), "q": (("heads", 10), ("embed", 12)), "down": (("embed", 7), ("mlp", 5)),
     "experts": (("expert", 6), ("mlp", 9), ("embed", 12)), "few": (("expert", 2), ("embed", 5), ("mlp", 3)),
     "long": (("embed", 3), ("mlp", 700)), "vector": (("embed", 5),), "scalar": (), "frozen": (("embed", 4), ("mlp", 4))}
@@ -40,7 +53,8 @@ OPTIMIZERS = {
 
 
 def specs(dtype=torch.float64):
-    return {k: xtf.Param(tuple(n for _, n in axes), dtype, tuple(a for a, _ in axes), Normal(0.3), trainable=k != "frozen")
+    return {k: xtf.Param(tuple(n for _, n in axes), dtype, tuple(a for a, _ in axes), Normal(0.3),
+                         trainable=k != "frozen")
             for k, axes in SHAPES.items()}
 
 
@@ -51,7 +65,8 @@ def experts_over(axis):
 
 def columns_over(axis):
     """As row-parallel products place them: the last dim, where even."""
-    return Transform("columns", 30, claim=lambda p: {axis: len(p.shape) - 1} if p.axes[-1:] == ("mlp",) and p.shape[-1] % 2 == 0 else {})
+    return Transform("columns", 30, claim=lambda p: {axis: len(p.shape) - 1} if p.axes[-1:] == ("mlp",)
+                     and p.shape[-1] % 2 == 0 else {})
 
 
 LAYOUTS = {
@@ -67,13 +82,15 @@ LAYOUTS = {
 
 def sharded(name, dtype=torch.float64):
     sizes, transforms = LAYOUTS[name]
-    step = xtf.shard(lambda state, batch, ops=xtf.LOCAL: (state, {}), *transforms(), mesh=shared_mesh(sizes), specs=specs(dtype))
+    step = xtf.shard(lambda state, batch, ops=xtf.LOCAL: (state, {}), *transforms(), mesh=shared_mesh(sizes),
+                     specs=specs(dtype))
     return step, xtf.init(step.specs, 0, step.layout)
 
 
 def grads_at(i, layout, dtype=torch.float64):
     g = torch.Generator().manual_seed(i)
-    whole = {k: None if k == "frozen" else torch.randn([n for _, n in axes], generator=g, dtype=dtype) for k, axes in SHAPES.items()}
+    whole = {k: None if k == "frozen" else torch.randn([n for _, n in axes], generator=g, dtype=dtype)
+             for k, axes in SHAPES.items()}
     return whole if layout is None else tree.tree_map(lambda x, place: x if x is None else place.put(x), whole, layout)
 
 
@@ -83,8 +100,9 @@ def parts_apart(fn, leaves):
 
 
 def run(tx, name, dtype=torch.float64, **mistake):
-    """Three steps on this rank: whole parameters, whole state and their average; placements of the latter are looked at."""
-    moments.LEAST, moments.BLOCK = 32, 64                # so that small leaves have several blocks, which ranks cut in two
+    """Three steps on this rank: whole parameters, whole state and their average; placements of the latter are looked
+    at."""
+    moments.LEAST, moments.BLOCK = 32, 64  # so that small leaves have several blocks, which ranks cut in two
     if name is None:
         ops, layout, params = xtf.LOCAL, None, xtf.init(specs(dtype), 0)
     else:
@@ -93,14 +111,16 @@ def run(tx, name, dtype=torch.float64, **mistake):
     state, average = tx.init(params), ema(0.9).init(params)
     for i in range(STEPS):
         updates, state = tx.update(grads_at(i, layout, dtype), state, params, ops)
-        assert all(u is None or placed(u) == placed(p) for u, p in zip(tree.leaves(updates), tree.leaves(params), strict=True))
+        assert all(u is None or placed(u) == placed(p)
+                   for u, p in zip(tree.leaves(updates), tree.leaves(params), strict=True))
         params = apply_updates(params, updates)
         average = ema(0.9).update(average, params, ops)
     if name is not None:
         for path, x in tree.flatten_with_path((state, average)):
             key = next((k for k in SHAPES if k in path.split(".")), None)
             if key and x is not None:
-                want = [Replicate() if path.endswith("scales") and p == Shard(len(SHAPES[key]) - 1) else p for p in params[key].placements]
+                want = [Replicate() if path.endswith("scales") and p == Shard(len(SHAPES[key]) - 1) else p
+                        for p in params[key].placements]
                 assert isinstance(x, DTensor) and list(x.placements) == want and x.device_mesh == params[key].device_mesh, path
     whole = lambda x: x.detach().full_tensor() if isinstance(x, DTensor) else x
     return tree.tree_map(whole, (params, state, average))
@@ -129,14 +149,17 @@ def test_parts_made_orthogonal_apart_are_caught():
     assert torch.equal(ours["frozen"], alone["frozen"]) and (ours["q"] - alone["q"]).abs().max() > 1e-3
 
 
-EVEN = {"q": (("heads", 8), ("embed", 12)), "tall": (("mlp", 16), ("embed", 4)), "experts": (("expert", 6), ("mlp", 8), ("embed", 4))}
+EVEN = {"q": (("heads", 8), ("embed", 12)), "tall": (("mlp", 16), ("embed", 4)),
+        "experts": (("expert", 6), ("mlp", 8), ("embed", 4))}
 
 
 def cost(name):
     """One update of Muon on this rank: (what was sent, FLOPs)."""
-    leaves = {k: xtf.Param(tuple(n for _, n in axes), torch.float64, tuple(a for a, _ in axes), Normal(1.0)) for k, axes in EVEN.items()}
+    leaves = {k: xtf.Param(tuple(n for _, n in axes), torch.float64, tuple(a for a, _ in axes), Normal(1.0))
+              for k, axes in EVEN.items()}
     sizes, transforms = LAYOUTS[name] if name else ((), tuple)
-    step = xtf.shard(lambda state, batch, ops=xtf.LOCAL: (state, {}), *transforms(), mesh=shared_mesh(sizes) if name else None, specs=leaves)
+    step = xtf.shard(lambda state, batch, ops=xtf.LOCAL: (state, {}), *transforms(),
+                     mesh=shared_mesh(sizes) if name else None, specs=leaves)
     params = xtf.init(leaves, 0, step.layout)
     tx = muon(1e-2, dtype=None)
     with collectives.record() as sent, FlopCounterMode(display=False) as counter:
@@ -145,8 +168,9 @@ def cost(name):
 
 
 # for each leaf: into how many parts a matrix is cut, and how often it is stored
-CUTS = {"dp=4": ((4, 1), (4, 1), (4, 1)), "dp=2": ((2, 1), (2, 1), None), "copies": ((1, 4), (1, 4), (1, 4)), "hybrid": ((2, 2), (2, 2), (1, 2)),
-        "experts": ((4, 1), (4, 1), (2, 1)), "experts alone": ((1, 4), (1, 4), (1, 2))}
+CUTS = {"dp=4": ((4, 1), (4, 1), (4, 1)), "dp=2": ((2, 1), (2, 1), None), "copies": ((1, 4), (1, 4), (1, 4)),
+        "hybrid": ((2, 2), (2, 2), (1, 2)), "experts": ((4, 1), (4, 1), (2, 1)),
+        "experts alone": ((1, 4), (1, 4), (1, 2))}
 
 
 @pytest.mark.parametrize("layout", CUTS)
@@ -178,5 +202,5 @@ def step(state, batch, ops=xtf.LOCAL):
 
 def test_a_step_with_muon_on_any_layout():
     """float64's 1e-16 over some hundred terms, and the quintic's slope of 3.4445^5 at most."""
-    assert_equivalent(step, layouts(4), examples=15, tolerance=1e-16 * 200 * 485, specs=outsider.specs(), opt=OPTIMIZERS["muon"],
-                      vocab_size=outsider.V)
+    assert_equivalent(step, layouts(4), examples=15, tolerance=1e-16 * 200 * 485, specs=outsider.specs(),
+                      opt=OPTIMIZERS["muon"], vocab_size=outsider.V)

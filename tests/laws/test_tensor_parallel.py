@@ -1,4 +1,5 @@
-"""The door for others: a transform from outside the package is the same function beside ours, on real ranks; what it could forget is caught."""
+"""The door for others: a transform from outside the package is the same function beside ours, on real ranks; what it
+could forget is caught."""
 import inspect
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,9 @@ from xtf.models import qwen3
 from xtf.optim import adamw, chain, clip_by_global_norm
 from xtf.testing import Layout, assert_equivalent, token_batches
 
-CFG = qwen3.config({"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4,
-                    "num_key_value_heads": 2, "head_dim": 4, "attention_bias": True, "initializer_range": 0.3})
+CFG = qwen3.config({"vocab_size": 24, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+                    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "attention_bias": True,
+                    "initializer_range": 0.3})
 tx = chain(clip_by_global_norm(0.05), adamw(1e-2))
 TP = partial(tensor_parallel, CFG.head_dim)
 
@@ -39,8 +41,8 @@ def specs(cfg=CFG):
 
 def check(*layouts, examples=2, cfg=CFG, **kw):
     for layout in layouts:
-        assert_equivalent(partial(step, cfg=cfg), [layout], specs=specs(cfg), opt=tx, tolerance=1e-11, examples=examples,
-                          batches=token_batches(24, max_packs=1, max_len=6), **kw)
+        assert_equivalent(partial(step, cfg=cfg), [layout], specs=specs(cfg), opt=tx, tolerance=1e-11,
+                          examples=examples, batches=token_batches(24, max_packs=1, max_len=6), **kw)
 
 
 TP2, DP_TP, SP_TP = (("tp", 2),), (("dp", 2), ("tp", 2)), (("sp", 2), ("tp", 2))
@@ -54,7 +56,8 @@ LORA = partial(learnt, 3)
     Layout(DP_TP, ("dp", "tp"), extra=(TP, LORA), remat=()),
     Layout(SP_TP, ("sp", "tp"), extra=(TP,), reshard=False, donate=True),
     Layout(SP_TP, extra=(LORA, TP)),
-], ids=lambda layout: "-".join(f"{a}{n}" for a, n in layout.mesh) + "-" + "".join(layout.store) + "-lora" * (LORA in layout.extra))
+], ids=lambda layout: "-".join(f"{a}{n}" for a, n in layout.mesh) + "-" + "".join(layout.store) + "-lora"
+                         * (LORA in layout.extra))
 def test_it_is_the_same_function_beside_ours(layout):
     check(layout)
 
@@ -65,8 +68,8 @@ def test_its_blocks_compile_into_one_graph():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(("tp", 2),), (("dp", 2), ("tp", 2)), (("sp", 2), ("tp", 2)), (("dp", 2), ("sp", 2), ("tp", 2)),
-                                  (("replicate", 2), ("dp", 2), ("tp", 2))])
+@pytest.mark.parametrize("mesh", [(("tp", 2),), (("dp", 2), ("tp", 2)), (("sp", 2), ("tp", 2)),
+                                  (("dp", 2), ("sp", 2), ("tp", 2)), (("replicate", 2), ("dp", 2), ("tp", 2))])
 def test_it_is_the_same_function_at_length(mesh):
     axes = [a for a, _ in mesh]
     for store in ((), tuple(a for a in axes if a in ("dp", "sp")), tuple(a for a in axes if a != "replicate")):
@@ -81,7 +84,8 @@ def bias_before_the_sum():
     def wrap(ops, env):
         linear, group = right.wrap(ops, env).linear, env.group("tp").name
         early = lambda x, node, axes: Leave.apply(ops.linear(x, node, axes), group)
-        return replace(ops, linear=lambda x, node, axes: early(x, node, axes) if axes == ("heads", "embed") else linear(x, node, axes))
+        return replace(ops, linear=lambda x, node, axes: early(x, node, axes) if axes == ("heads", "embed")
+                       else linear(x, node, axes))
     return replace(right, wrap=wrap)
 
 
@@ -94,7 +98,8 @@ def inputs_not_summed():
     return replace(right, wrap=wrap)
 
 
-@pytest.mark.parametrize("mutant, leaf", [(bias_before_the_sum, ""), (inputs_not_summed, ""), (lambda: replace(TP(), partial=lambda p: ()), "_norm")])
+@pytest.mark.parametrize("mutant, leaf", [(bias_before_the_sum, ""), (inputs_not_summed, ""),
+                                          (lambda: replace(TP(), partial=lambda p: ()), "_norm")])
 def test_what_is_easily_forgotten_is_caught(mutant, leaf):
     with pytest.raises(AssertionError, match=rf"gradient of \S*{leaf}\S* differs"):
         check(Layout(TP2, extra=(mutant,)), examples=5)
@@ -102,7 +107,8 @@ def test_what_is_easily_forgotten_is_caught(mutant, leaf):
 
 @pytest.mark.parametrize("change, message", [
     ({"num_key_value_heads": 1}, "tensor_parallel: tp=2 does not divide the 1 kv_heads"),
-    ({"intermediate_size": 13}, r"leaf layers\.0\.gate\.weight \('mlp', 'embed'\): tensor_parallel splits 'mlp' of 13 over tp=2"),
+    ({"intermediate_size": 13},
+     r"leaf layers\.0\.gate\.weight \('mlp', 'embed'\): tensor_parallel splits 'mlp' of 13 over tp=2"),
 ])
 def test_heads_and_widths_that_do_not_divide_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):

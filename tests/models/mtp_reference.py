@@ -1,8 +1,10 @@
-"""Multi-token prediction written out: the modules of DeepSeek V3 (arXiv 2412.19437, section 2.2) on one document, in plain torch.
+"""Multi-token prediction written out: the modules of DeepSeek V3 (arXiv 2412.19437, section 2.2) on one document, in
+plain torch.
 
-As in the paper each depth is a shorter sequence, experts are a loop over tokens, and heads are a loop. From the code that made and serves the
-weights it takes what the paper leaves open: the embedding's half comes first in eh_proj (vLLM's and SGLang's deepseek_nextn, Megatron's
-multi_token_prediction), and what a depth hands on is after its last norm. Weights go by their names in the files.
+As in the paper each depth is a shorter sequence, experts are a loop over tokens, and heads are a loop. From the code
+that made and serves the weights it takes what the paper leaves open: the embedding's half comes first in eh_proj
+(vLLM's and SGLang's deepseek_nextn, Megatron's multi_token_prediction), and what a depth hands on is after its last
+norm. Weights go by their names in the files.
 """
 from collections.abc import Mapping
 
@@ -12,12 +14,15 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 
 
-def logits(files: Mapping[str, Tensor], hf: dict, hidden_nD: Tensor, ids_n: Tensor, cos_nr: Tensor, sin_nr: Tensor, scale: float) -> list[Tensor]:
-    """For each depth k the logits [n - k, V] of token i + k + 1, given the main model's normed output. cos, sin: of the plain layout, by halves."""
+def logits(files: Mapping[str, Tensor], hf: dict, hidden_nD: Tensor, ids_n: Tensor, cos_nr: Tensor, sin_nr: Tensor,
+           scale: float) -> list[Tensor]:
+    """For each depth k the logits [n - k, V] of token i + k + 1, given the main model's normed output. cos, sin: of the
+    plain layout, by halves."""
     out = []
     for k in range(1, hf["num_nextn_predict_layers"] + 1):
         prefix = f"model.layers.{hf['num_hidden_layers'] + k - 1}."
-        w = {name.removeprefix(prefix).removesuffix(".weight"): x for name, x in files.items() if name.startswith(prefix)}
+        w = {name.removeprefix(prefix).removesuffix(".weight"): x for name, x in files.items()
+             if name.startswith(prefix)}
         length = len(ids_n) - k
         if length < 1:
             out.append(hidden_nD.new_empty(0, hf["vocab_size"]))
@@ -51,7 +56,8 @@ def attention(w: Mapping[str, Tensor], hf: dict, x_nD: Tensor, cos_nr: Tensor, s
     if hf["q_lora_rank"] is None:
         q = x_nD @ w["self_attn.q_proj"].T
     else:
-        q = norm(x_nD @ w["self_attn.q_a_proj"].T + bias("q_a_proj"), w["self_attn.q_a_layernorm"], 1e-6) @ w["self_attn.q_b_proj"].T
+        q = norm(x_nD @ w["self_attn.q_a_proj"].T + bias("q_a_proj"), w["self_attn.q_a_layernorm"],
+                 1e-6) @ w["self_attn.q_b_proj"].T
     latent = x_nD @ w["self_attn.kv_a_proj_with_mqa"].T + bias("kv_a_proj_with_mqa")
     k_rot = turn(latent[:, rank:], cos_nr, sin_nr, hf["rope_interleave"])
     kv = norm(latent[:, :rank], w["self_attn.kv_a_layernorm"], 1e-6) @ w["self_attn.kv_b_proj"].T
@@ -66,7 +72,8 @@ def attention(w: Mapping[str, Tensor], hf: dict, x_nD: Tensor, cos_nr: Tensor, s
 
 def experts(w: Mapping[str, Tensor], hf: dict, x_nD: Tensor) -> Tensor:
     """Eq. 12 to 16 with the limit on groups (section 2.1.2), token by token."""
-    mlp = lambda name, x: (F.silu(x @ w[f"{name}.gate_proj"].T) * (x @ w[f"{name}.up_proj"].T)) @ w[f"{name}.down_proj"].T
+    mlp = lambda name, x: (F.silu(x @ w[f"{name}.gate_proj"].T)
+                           * (x @ w[f"{name}.up_proj"].T)) @ w[f"{name}.down_proj"].T
     out, size = [], hf["n_routed_experts"] // hf["n_group"]
     for x_D in x_nD:
         score = (w["mlp.gate"] @ x_D).sigmoid()

@@ -1,4 +1,5 @@
-"""Drawn tiny mixtures of experts beside transformers, whose fused parameters in memory are read as they are written to files."""
+"""Drawn tiny mixtures of experts beside transformers, whose fused parameters in memory are read as they are written to
+files."""
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,20 +16,23 @@ FAMILIES = ["qwen3_moe", "gpt_oss"]
 @st.composite
 def configs(draw, family: str) -> dict:
     """A config.json in transformers 5's spelling."""
-    hf = {k: v for k, v in draw(R.configs("qwen3")).items() if k not in ("max_window_layers", "layer_types")} | {"model_type": family}
+    hf = {k: v for k, v in draw(R.configs("qwen3")).items()
+          if k not in ("max_window_layers", "layer_types")} | {"model_type": family}
     layers, experts = hf["num_hidden_layers"], draw(st.integers(1, 9))
     hf |= {"num_experts_per_tok": draw(st.integers(1, min(experts, 4)))}
     if family == "qwen3_moe":
         step = draw(st.sampled_from([1, 1, 2]))
         dense = draw(st.lists(st.integers(0, layers - 1), max_size=1)) if layers > step else []
-        return hf | {"num_hidden_layers": max(layers, step), draw(st.sampled_from(["num_experts", "num_local_experts"])): experts,
+        return hf | {"num_hidden_layers": max(layers, step),
+                     draw(st.sampled_from(["num_experts", "num_local_experts"])): experts,
                      "moe_intermediate_size": draw(st.sampled_from([4, 6, 10])), "norm_topk_prob": draw(st.booleans()),
                      "decoder_sparse_step": step, "mlp_only_layers": [i for i in dense if step == 1]}
     del hf["use_sliding_window"]
     hf |= {"num_local_experts": experts, "hidden_act": "silu", "swiglu_limit": draw(st.sampled_from([0.25, 1.0, 7.0])),
            "swiglu_alpha": draw(st.sampled_from([1.702, 0.5]))}
     if draw(st.booleans()):
-        hf["layer_types"] = draw(st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers))
+        hf["layer_types"] = draw(st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers,
+                                          max_size=layers))
     return hf if draw(st.booleans()) else {k: v for k, v in hf.items() if k != "rope_parameters"}
 
 
@@ -45,7 +49,8 @@ def spelled_4(hf: dict) -> dict:
 def hf_model(hf: dict, seed: int = 0, skewed: bool = False) -> torch.nn.Module:
     """transformers' model in float32 with every parameter drawn so that it matters.
 
-    `skewed`: routers send all tokens to the same `top_k` experts, by a large bias or, where they have none, because all logits are equal.
+    `skewed`: routers send all tokens to the same `top_k` experts, by a large bias or, where they have none, because all
+        logits are equal.
     """
     model = R.hf_model(hf, seed)
     model.set_experts_implementation("eager")
@@ -90,12 +95,14 @@ def leaves(tensors: dict[str, torch.Tensor], module, cfg) -> dict[str, torch.Ten
 def load(model: torch.nn.Module, module, cfg, dtype: torch.dtype = torch.float32):
     """transformers' weights as our parameter tree."""
     values = leaves(dict(model.named_parameters()), module, cfg)
-    return tree.map_with_path(lambda path, p: values[path].detach().to(dtype).reshape(p.shape).clone().requires_grad_(), module.specs(cfg))
+    return tree.map_with_path(lambda path, p: values[path].detach().to(dtype).reshape(p.shape).clone().requires_grad_(),
+                              module.specs(cfg))
 
 
 def by_expert(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Stacked gradients one expert at a time, so that each is held to its own size."""
-    return {f"{path}[{e}]": x for path, g in grads.items() for e, x in (enumerate(g) if ".experts." in path else [("", g)])}
+    return {f"{path}[{e}]": x for path, g in grads.items()
+            for e, x in (enumerate(g) if ".experts." in path else [("", g)])}
 
 
 def largest(grads: dict[str, torch.Tensor]) -> float:
@@ -103,7 +110,8 @@ def largest(grads: dict[str, torch.Tensor]) -> float:
 
 
 def rounding(model: torch.nn.Module, seqs: list[list[int]], module, cfg) -> dict:
-    """`reference.rounding` by our paths: how far transformers' own logits and gradients move when weights move by 4 roundings."""
+    """`reference.rounding` by our paths: how far transformers' own logits and gradients move when weights move by 4
+    roundings."""
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits, grads = R.hf_logits_and_grads(model, seqs)
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +121,8 @@ def rounding(model: torch.nn.Module, seqs: list[list[int]], module, cfg) -> dict
     moved_logits, moved = R.hf_logits_and_grads(model, seqs)
     model.load_state_dict(params, strict=False)
     before, after = (by_expert(leaves(g, module, cfg)) for g in (grads, moved))
-    return dict(enumerate(map(R.deviation, moved_logits, logits))) | {key: R.deviation(after[key], g) for key, g in before.items()}
+    return dict(enumerate(map(R.deviation, moved_logits, logits))) | {key: R.deviation(after[key], g)
+                                                                      for key, g in before.items()}
 
 
 @contextmanager

@@ -13,16 +13,23 @@ from xtf.models.config import NO_EFFECT, ONLY, ROPE
 
 CLASSES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
 SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act":
-    "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": True,
-    "max_position_embeddings": 8192, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30,
-    "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
-    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "transformers.js_config":
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act":
+    "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "transformers.js_config":
     {"kv_cache_dtype": {"fp16": "float16"}}, "use_cache": True, "vocab_size": 49152,
 }
 OTHER = {
-    "vocab_size": 11, "hidden_size": 128, "intermediate_size": 7, "num_hidden_layers": 3, "num_attention_heads": 64, "num_key_value_heads": 2,
-    "head_dim": 10, "hidden_act": "relu", "max_position_embeddings": 5, "initializer_range": 0.5, "rms_norm_eps": 0.25, "tie_word_embeddings": True,
+    "vocab_size": 11, "hidden_size": 128, "intermediate_size": 7, "num_hidden_layers": 3, "num_attention_heads": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 10, "hidden_act": "relu", "max_position_embeddings": 5, "initializer_range": 0.5, "rms_norm_eps": 0.25,
+    "tie_word_embeddings": True,
     "mlp_bias": True, "attention_bias": True, "use_sliding_window": True, "max_window_layers": 1, "pad_token_id": 4,
 }
 
@@ -46,12 +53,14 @@ def test_defaults_and_fields_are_those_of_transformers(name):
 @given(data=st.data())
 @settings(max_examples=50)
 def test_spellings_decode_alike(name, data):
-    """transformers 4's, transformers 5's, and what transformers 5 writes for either; a Config can be a dictionary's key."""
+    """transformers 4's, transformers 5's, and what transformers 5 writes for either; a Config can be a dictionary's
+    key."""
     hf = data.draw(R.configs(name))
     module, cfg = R.family(hf)
     assert module.config(R.spelled_4(hf)) == cfg and hash(module.config(R.spelled_4(hf))) == hash(cfg)
     for spelling in (hf, R.spelled_4(hf)):
-        written = json.loads(AutoConfig.for_model(**{k: v for k, v in spelling.items() if v is not None}).to_json_string(use_diff=False))
+        written = json.loads(AutoConfig.for_model(**{k: v for k, v in spelling.items()
+                                                     if v is not None}).to_json_string(use_diff=False))
         assert module.config(written) == cfg
 
 
@@ -70,7 +79,8 @@ def test_each_honoured_field_is_read(name):
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("field", sorted(NO_EFFECT))
 def test_fields_without_effect(name, field):
-    assert models.FAMILIES[name].config({field: "anything" if field != "model_type" else name}) == models.FAMILIES[name].config({})
+    assert models.FAMILIES[name].config({field: "anything" if field != "model_type"
+                                         else name}) == models.FAMILIES[name].config({})
 
 
 REFUSED = [
@@ -94,10 +104,13 @@ REFUSED = [
     ({"rope_parameters": {"rope_type": "default", "beta_fast": 2.0}}, "rope_parameters.*beta_fast"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.*full_attention"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": None}}, "truncate"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}}, "rope_parameters.*high_freq_factor"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0}},
+     "rope_parameters.*high_freq_factor"),
     ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, "short_factor.*64"),
-    ({"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling says.*rope_parameters"),
+    ({"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     "rope_scaling says.*rope_parameters"),
 ]
 
 
@@ -121,14 +134,16 @@ def test_windows_refused_by_name(name, hf, message):
 
 
 def test_fields_of_other_families_are_refused():
-    others = [("llama", "sliding_window"), ("llama", "layer_types"), ("qwen2", "attention_bias"), ("qwen3", "mlp_bias"), ("qwen3", "num_experts")]
+    others = [("llama", "sliding_window"), ("llama", "layer_types"), ("qwen2", "attention_bias"), ("qwen3", "mlp_bias"),
+              ("qwen3", "num_experts")]
     for name, field in others:
         with pytest.raises(ValueError, match=f"{name} config: unknown field {field}"):
             models.FAMILIES[name].config({field: 1})
 
 
 def test_heads_from_other_fields():
-    """null key-value heads are as many as query heads; Llama's and Qwen2's heads divide the hidden size unless told otherwise."""
+    """null key-value heads are as many as query heads; Llama's and Qwen2's heads divide the hidden size unless told
+    otherwise."""
     assert models.qwen3.config({"num_attention_heads": 8, "num_key_value_heads": None}).num_key_value_heads == 8
     assert models.qwen3.config({"num_attention_heads": 64}).num_key_value_heads == 32
     assert models.llama.config({"num_attention_heads": 8}).num_key_value_heads == 8
@@ -150,7 +165,8 @@ def test_from_hf(tmp_path):
         models.from_hf(tmp_path)
     file = tmp_path / "config.json"
     for text, message in [
-        ("{", "config.json: not JSON"), ("[]", "model_type None"), ('{"model_type": "gpt2"}', "model_type 'gpt2'.*llama, qwen2, qwen3"),
+        ("{", "config.json: not JSON"), ("[]", "model_type None"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2'.*llama, qwen2, qwen3"),
         ('{"model_type": "llama", "zzz": 1}', "config.json: llama config: unknown field zzz"),
     ]:
         file.write_text(text)
@@ -163,6 +179,8 @@ def test_from_hf(tmp_path):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_from_hf_reads_what_transformers_writes(name, tmp_path):
-    CLASSES[name](num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path)
+    CLASSES[name](num_hidden_layers=2, hidden_size=64, num_attention_heads=4,
+                  num_key_value_heads=2).save_pretrained(tmp_path)
     module, cfg = models.from_hf(tmp_path)
-    assert module is models.FAMILIES[name] and (cfg.num_hidden_layers, cfg.hidden_size, cfg.num_attention_heads) == (2, 64, 4)
+    assert module is models.FAMILIES[name] and (cfg.num_hidden_layers, cfg.hidden_size,
+                                                cfg.num_attention_heads) == (2, 64, 4)

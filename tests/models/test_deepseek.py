@@ -1,4 +1,5 @@
-"""DeepSeek V3 and Kimi K2 against transformers, MTP against the paper written out, and both against themselves in float64."""
+"""DeepSeek V3 and Kimi K2 against transformers, MTP against the paper written out, and both against themselves in
+float64."""
 import json
 from dataclasses import replace
 from functools import partial
@@ -27,13 +28,16 @@ from xtf.optim import adamw
 from xtf.testing import Layout
 from xtf.testing.laws import compare
 
-BOUND = 1e-5                                       # fp32 against fp32: what the project promises, of each tensor's largest
+BOUND = 1e-5  # fp32 against fp32: what the project promises, of each tensor's largest
 EXACT = 1e-12                                      # float64
 
 SMALL = {
-    "model_type": "deepseek_v3", "vocab_size": R.VOCAB, "hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 6, "num_hidden_layers": 2,
-    "num_nextn_predict_layers": 0, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "kv_lora_rank": 4, "q_lora_rank": 6,
-    "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 5, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+    "model_type": "deepseek_v3", "vocab_size": R.VOCAB, "hidden_size": 8, "intermediate_size": 12,
+    "moe_intermediate_size": 6, "num_hidden_layers": 2,
+    "num_nextn_predict_layers": 0, "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4,
+    "kv_lora_rank": 4, "q_lora_rank": 6,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 3, "v_head_dim": 5, "n_group": 2, "topk_group": 1,
+    "num_experts_per_tok": 2,
     "first_k_dense_replace": 1, "tie_word_embeddings": False,
 }
 
@@ -46,17 +50,25 @@ def configs(draw, mtp: int = 0) -> dict:
     top_groups = draw(st.integers(1, groups))
     top_k = draw(st.integers(1, top_groups * size))
     return {
-        "model_type": draw(st.sampled_from(["deepseek_v3", "kimi_k2"])), "vocab_size": R.VOCAB, "hidden_size": draw(st.sampled_from([8, 16])),
+        "model_type": draw(st.sampled_from(["deepseek_v3", "kimi_k2"])), "vocab_size": R.VOCAB,
+        "hidden_size": draw(st.sampled_from([8, 16])),
         "intermediate_size": 12, "moe_intermediate_size": draw(st.sampled_from([4, 6])), "num_hidden_layers": layers,
-        "num_nextn_predict_layers": draw(st.integers(0, mtp)), "num_attention_heads": heads, "num_key_value_heads": heads,
-        "n_shared_experts": draw(st.integers(1, 2)), "n_routed_experts": groups * size, "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
-        "kv_lora_rank": draw(st.sampled_from([4, 8])), "q_lora_rank": draw(st.sampled_from([None, 6])), "qk_rope_head_dim": 2 * half,
-        "qk_nope_head_dim": draw(st.sampled_from([3, 8])), "v_head_dim": draw(st.sampled_from([2, 5, 16])), "n_group": groups,
-        "topk_group": top_groups, "num_experts_per_tok": top_k, "first_k_dense_replace": draw(st.integers(0, layers - 1)),
-        "norm_topk_prob": top_k > 1 and draw(st.booleans()),                     # of one, the normalised weight is 1 and has no gradient
-        "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu"])), "max_position_embeddings": draw(st.sampled_from([8, 16, 64])),
+        "num_nextn_predict_layers": draw(st.integers(0, mtp)), "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "n_shared_experts": draw(st.integers(1, 2)), "n_routed_experts": groups * size,
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "kv_lora_rank": draw(st.sampled_from([4, 8])), "q_lora_rank": draw(st.sampled_from([None, 6])),
+        "qk_rope_head_dim": 2 * half,
+        "qk_nope_head_dim": draw(st.sampled_from([3, 8])), "v_head_dim": draw(st.sampled_from([2, 5, 16])),
+        "n_group": groups,
+        "topk_group": top_groups, "num_experts_per_tok": top_k,
+        "first_k_dense_replace": draw(st.integers(0, layers - 1)),
+        "norm_topk_prob": top_k > 1 and draw(st.booleans()),  # of one, the normalised weight is 1 and has no gradient
+        "hidden_act": draw(st.sampled_from(["silu", "silu", "gelu"])),
+        "max_position_embeddings": draw(st.sampled_from([8, 16, 64])),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])), "tie_word_embeddings": draw(st.booleans()),
-        "rope_parameters": draw(R.ropes(half)), "rope_interleave": draw(st.booleans()), "attention_bias": draw(st.booleans()),
+        "rope_parameters": draw(R.ropes(half)), "rope_interleave": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
         "pad_token_id": draw(st.sampled_from([None, 3])),
     }
 
@@ -66,7 +78,8 @@ def family(hf: dict):
 
 
 def hf_model(hf: dict, seed: int = 0, skewed: bool = False) -> torch.nn.Module:
-    """transformers' model in float32, every parameter and correction drawn so that it matters; `skewed`: all tokens choose the same experts."""
+    """transformers' model in float32, every parameter and correction drawn so that it matters; `skewed`: all tokens
+    choose the same experts."""
     cfg = DeepseekV3Config(**{k: v for k, v in hf.items() if k != "model_type"})
     model = AutoModelForCausalLM.from_config(cfg, attn_implementation="eager", dtype=torch.float32)
     model.set_experts_implementation("eager")
@@ -108,7 +121,8 @@ def load(model: torch.nn.Module, cfg, dtype: torch.dtype = torch.float32):
     def leaf(path: str, p: xtf.Param) -> torch.Tensor:
         if path not in values:
             noise = torch.randn(p.shape, generator=generator)
-            values[path] = 1 + 0.3 * noise if "norm" in path else noise * (p.shape[-1] ** -0.5 if len(p.shape) > 1 else 0.3)
+            values[path] = 1 + 0.3 * noise if "norm" in path else noise * (p.shape[-1] ** -0.5 if len(p.shape) > 1
+                                                                           else 0.3)
         return values[path].detach().to(dtype).clone().requires_grad_(p.trainable)
     return tree.map_with_path(leaf, deepseek_v3.specs(cfg))
 
@@ -128,7 +142,8 @@ def gradients(cfg, params, batch, fn="loss", ops=xtf.LOCAL):
 
 
 def by_expert(grads: dict) -> dict:
-    return {f"{path}[{e}]": x for path, g in grads.items() if g is not None for e, x in (enumerate(g) if ".experts." in path else [("", g)])}
+    return {f"{path}[{e}]": x for path, g in grads.items() if g is not None
+            for e, x in (enumerate(g) if ".experts." in path else [("", g)])}
 
 
 def theirs(model: torch.nn.Module, seqs: list, cfg) -> dict:
@@ -140,7 +155,8 @@ def theirs(model: torch.nn.Module, seqs: list, cfg) -> dict:
 
 
 def rounding(model: torch.nn.Module, seqs: list, cfg) -> dict:
-    """`theirs` where every weight has moved by about 4 roundings of float32: no float32 computation can be held to less."""
+    """`theirs` where every weight has moved by about 4 roundings of float32: no float32 computation can be held to
+    less."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -152,7 +168,8 @@ def rounding(model: torch.nn.Module, seqs: list, cfg) -> dict:
 @given(data=st.data())
 @settings(max_examples=25)
 def test_logits_and_gradients_equal_transformers(skewed, data):
-    """Each sequence alone there, packed here; experts without a token, and all tokens on the same experts, among them."""
+    """Each sequence alone there, packed here; experts without a token, and all tokens on the same experts, among
+    them."""
     hf, seqs = data.draw(configs()), data.draw(R.sequences())
     model = hf_model(hf, skewed=skewed)
     cfg = deepseek_v3.config(R.spelled_4(hf) if data.draw(st.booleans()) else hf)
@@ -169,7 +186,8 @@ def test_logits_and_gradients_equal_transformers(skewed, data):
     off = {key: R.deviation(got[key], x) for key, x in want.items()}
     if max(off.values()) > BOUND:                  # a few draws are so ill-conditioned that float32 cannot do it
         allowed = {key: R.deviation(x, want[key]) for key, x in rounding(model, seqs, cfg).items()}
-        assert all(x <= max(BOUND, allowed[key]) for key, x in off.items()), {k: (x, allowed[k]) for k, x in off.items() if x > BOUND}
+        assert all(x <= max(BOUND, allowed[key]) for key, x in off.items()), {k: (x, allowed[k]) for k, x in off.items()
+                                                                              if x > BOUND}
 
 
 def test_the_latents_norms_keep_their_own_epsilon():
@@ -178,7 +196,8 @@ def test_the_latents_norms_keep_their_own_epsilon():
     model, (batch, _) = hf_model(hf), R.packed([list(range(9))], padding=0)
     cfg = deepseek_v3.config(hf)
     want = model(input_ids=batch.input_ids[:1]).logits
-    torch.testing.assert_close(deepseek_v3.forward(load(model, cfg), tree.tree_map(lambda x: x[:1], batch), cfg), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(deepseek_v3.forward(load(model, cfg), tree.tree_map(lambda x: x[:1], batch), cfg), want,
+                               rtol=0, atol=1e-5)
 
 
 def test_a_dense_layer_now_and_then():
@@ -208,7 +227,8 @@ def test_without_shared_experts():
         del layer["shared"]
     for number in (None, 0):
         cfg = deepseek_v3.config(SMALL | {"n_shared_experts": number})
-        assert tree.tree_map(lambda p: p.shape, deepseek_v3.specs(cfg)) == tree.tree_map(lambda p: tuple(p.shape), params)
+        assert tree.tree_map(lambda p: p.shape, deepseek_v3.specs(cfg)) == tree.tree_map(lambda p: tuple(p.shape),
+                                                                                         params)
         torch.testing.assert_close(deepseek_v3.forward(params, batch, cfg), want, rtol=0, atol=0)
 
 
@@ -241,7 +261,8 @@ def test_packing_is_invisible(data):
     alone_loss, alone_grads = torch.zeros_like(loss), {key: torch.zeros_like(g) for key, g in grads.items()}
     for seq, (row, at) in zip(seqs, where, strict=True):
         alone = tree.tree_map(lambda x: x[:1], R.packed([seq], padding=0)[0])
-        for mine, together in zip(deepseek_v3.loss_and_routing(params, alone, cfg)[1].experts, routing.experts, strict=True):
+        for mine, together in zip(deepseek_v3.loss_and_routing(params, alone, cfg)[1].experts, routing.experts,
+                                  strict=True):
             assert (mine[0] == together[row, at]).all()
         one, one_grads = gradients(cfg, params, alone, "loss_and_routing")
         alone_loss = alone_loss + one
@@ -254,12 +275,14 @@ def test_packing_is_invisible(data):
 @given(data=st.data())
 @settings(max_examples=10)
 def test_replayed_choices_are_the_same_step(data):
-    """Recorded on one pass and replayed on another, where the corrections (which steer the choice alone) are others: nothing changes."""
+    """Recorded on one pass and replayed on another, where the corrections (which steer the choice alone) are others:
+    nothing changes."""
     hf, seqs = data.draw(configs(mtp=1)), data.draw(R.sequences())
     cfg, (batch, _) = deepseek_v3.config(hf), R.packed(seqs)
     params = load(hf_model(hf), cfg, torch.float64)
     loss, routing = deepseek_v3.loss_and_routing(params, batch, cfg)
-    elsewhere = tree.map_with_path(lambda path, x: torch.randn_like(x) if path.endswith("correction.bias") else x, params)
+    elsewhere = tree.map_with_path(lambda path, x: torch.randn_like(x) if path.endswith("correction.bias") else x,
+                                   params)
     replayed, again = deepseek_v3.loss_and_routing(elsewhere, batch, cfg, routes=routing.experts)
     assert replayed == loss and all((a == b).all() for a, b in zip(again.experts, routing.experts, strict=True))
 
@@ -274,21 +297,24 @@ def test_flops(data):
     batch = replace(tree.tree_map(lambda x: x[:1], batch), loss_mask=torch.ones(1, lengths[0]))
     with FlopCounterMode(display=False) as forward:
         deepseek_v3.forward(params, batch, cfg)
-    assert forward.get_total_flops() == deepseek_v3.flops(msgspec.structs.replace(cfg, num_nextn_predict_layers=0), lengths[:1])
-    with FlopCounterMode(display=False) as both:                 # the reference attention computes the pairs that are masked as well
+    assert forward.get_total_flops() == deepseek_v3.flops(msgspec.structs.replace(cfg, num_nextn_predict_layers=0),
+                                                          lengths[:1])
+    with FlopCounterMode(display=False) as both:  # the reference attention computes the pairs that are masked as well
         gradients(cfg, params, batch, "loss_and_routing", replace(xtf.LOCAL, attend=reference_attend))
     layers, T = cfg.num_hidden_layers + cfg.num_nextn_predict_layers, lengths[0]
-    masked = 2 * cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) * (T * T - T * (T + 1) // 2)
+    masked = 2 * cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim
+                                            + cfg.v_head_dim) * (T * T - T * (T + 1) // 2)
     assert both.get_total_flops() == 3 * (deepseek_v3.flops(cfg, lengths[:1]) + layers * masked)
     assert deepseek_v3.flops(cfg, lengths) == sum(deepseek_v3.flops(cfg, [n]) for n in lengths)
 
 
-# ---- MTP ------------------------------------------------------------------------------------------------------------------------------
+# ---- MTP -------------------------------------------------------------------------------------------------------------
 
 @given(data=st.data())
 @settings(max_examples=15)
 def test_mtp_is_the_paper_written_out(data):
-    """Loss and every gradient of up to two modules, documents packed, the mask of the token that is predicted; float64."""
+    """Loss and every gradient of up to two modules, documents packed, the mask of the token that is predicted;
+    float64."""
     hf, seqs = data.draw(configs(mtp=2).filter(lambda hf: hf["num_nextn_predict_layers"])), data.draw(R.sequences())
     hf |= {"hidden_act": "silu"}
     cfg, (batch, where) = deepseek_v3.config(hf), R.packed(seqs)
@@ -319,7 +345,8 @@ def test_mtp_is_the_paper_written_out(data):
 @given(data=st.data())
 @settings(max_examples=10)
 def test_the_reference_is_transformers_drafting_module(data):
-    """transformers drafts with these modules (it does not train them): its logits at every position are the reference's."""
+    """transformers drafts with these modules (it does not train them): its logits at every position are the
+    reference's."""
     hf, seqs = data.draw(configs(mtp=2).filter(lambda hf: hf["num_nextn_predict_layers"])), data.draw(R.sequences())
     hf |= {"hidden_act": "silu"}
     model, ids, depths = hf_model(hf), torch.tensor(seqs[-1]), hf["num_nextn_predict_layers"]
@@ -328,7 +355,8 @@ def test_the_reference_is_transformers_drafting_module(data):
     for name, x in [*drafting.layers.named_parameters(), *drafting.layers.named_buffers()]:
         k, _, rest = name.replace("mtp_block.", "").replace("post_norm", "shared_head.norm").partition(".")
         if rest.endswith("gate_up_proj"):
-            parts = {f"{e}.{part}_proj": y for e, gate_up in enumerate(x) for part, y in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
+            parts = {f"{e}.{part}_proj": y for e, gate_up in enumerate(x)
+                     for part, y in zip(("gate", "up"), gate_up.chunk(2), strict=True)}
         else:
             parts = {f"{e}.down_proj": y for e, y in enumerate(x)} if rest.endswith("experts.down_proj") else {}
         stem = f"model.layers.{N + int(k)}." + (rest.rpartition(".")[0] + "." if parts else rest)
@@ -345,7 +373,8 @@ def test_the_reference_is_transformers_drafting_module(data):
                 assert R.deviation(got, want[k]) <= BOUND
 
 
-AHEAD = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4, "num_nextn_predict_layers": 2, "initializer_range": 0.3}
+AHEAD = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4, "num_nextn_predict_layers": 2,
+                 "initializer_range": 0.3}
 
 
 def mtp_step(state, batch, ops=xtf.LOCAL, own_mask=False):
@@ -360,11 +389,13 @@ def mtp_step(state, batch, ops=xtf.LOCAL, own_mask=False):
 
 
 def test_mtp_where_positions_are_divided():
-    """The mask of tokens that other ranks hold: two positions a rank and two modules ahead; a rank that looks at its own alone is caught."""
+    """The mask of tokens that other ranks hold: two positions a rank and two modules ahead; a rank that looks at its
+    own alone is caught."""
     lengths, masks = [[1, 5, 2], [3, 4]], torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
     batch = stack([pack([Sample(torch.arange(3, 3 + n).tolist(), [1] * n) for n in some], 8, 4) for some in lengths])
     batch = replace(batch, loss_mask=batch.loss_mask * masks)
-    same = partial(compare, batch=batch, specs=deepseek_v3.specs(deepseek_v3.config(AHEAD), torch.float64), opt=adamw(1e-2))
+    same = partial(compare, batch=batch, specs=deepseek_v3.specs(deepseek_v3.config(AHEAD), torch.float64),
+                   opt=adamw(1e-2))
     for layout in (Layout((("sp", 4),), ("sp",)), Layout((("dp", 2), ("sp", 2)), ("dp", "sp"), experts="sp", remat=())):
         e = same(mtp_step, layout)
         assert max(e.loss, e.grad) <= EXACT and e.param <= 1000 * EXACT, (layout, e)
@@ -372,7 +403,7 @@ def test_mtp_where_positions_are_divided():
     assert e.loss > 1e-3 and e.grad > 1e-3
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("q_lora_rank", [None, 6])
@@ -382,32 +413,39 @@ def test_names_and_shapes_are_those_of_the_files(tied, q_lora_rank, tmp_path):
     hf_model(hf).save_pretrained(tmp_path)
     cfg = deepseek_v3.config(hf | {"num_nextn_predict_layers": 2})
     named = {name: tuple(x.shape) for path, p in tree.flatten_with_path(deepseek_v3.specs(cfg))
-             for name, x in files.file_tensors(deepseek_v3.names(cfg), path, torch.empty(p.shape, device="meta")).items()}
+             for name, x in files.file_tensors(deepseek_v3.names(cfg), path,
+                                               torch.empty(p.shape, device="meta")).items()}
     written = {name: shape for name, (_, _, shape) in files.tensors(tmp_path).items()}
-    assert {name: shape for name, shape in named.items() if not name.startswith(("model.layers.2.", "model.layers.3."))} == written
+    assert {name: shape for name, shape in named.items()
+            if not name.startswith(("model.layers.2.", "model.layers.3."))} == written
     sparse = {name.partition("layers.1.")[2]: shape for name, shape in written.items() if "layers.1." in name}
     for layer in (2, 3):
         extra = {"enorm.weight": (8,), "hnorm.weight": (8,), "eh_proj.weight": (8, 16), "shared_head.norm.weight": (8,)}
         prefix = f"model.layers.{layer}."
-        assert {name.removeprefix(prefix): shape for name, shape in named.items() if name.startswith(prefix)} == sparse | extra
+        assert {name.removeprefix(prefix): shape for name, shape in named.items()
+                if name.startswith(prefix)} == sparse | extra
 
 
 def test_directories_with_and_without_mtp(tmp_path, capsys):
-    """Modules that are there come with copies of the embedding and the head, and survive the round trip; announced ones that are not are left out."""
+    """Modules that are there come with copies of the embedding and the head, and survive the round trip; announced ones
+    that are not are left out."""
     without, with_them, out = tmp_path / "without", tmp_path / "with", tmp_path / "out"
     hf_model(SMALL | {"num_nextn_predict_layers": 1}).save_pretrained(without)
     assert json.loads((without / "config.json").read_text())["num_nextn_predict_layers"] == 1
     cfg = deepseek_v3.config(json.loads((without / "config.json").read_text()))
     fitted = deepseek_v3.fit(cfg, files.tensors(without))
     assert fitted == msgspec.structs.replace(cfg, num_nextn_predict_layers=0) and "mtp" not in deepseek_v3.specs(fitted)
-    assert models.from_hf(without) == (deepseek_v3, fitted) and "announces num_nextn_predict_layers=1" in capsys.readouterr().out
+    assert models.from_hf(without) == (deepseek_v3,
+                                       fitted) and "announces num_nextn_predict_layers=1" in capsys.readouterr().out
     loaded = files.load(without, deepseek_v3.specs(fitted), deepseek_v3.names(fitted))
     files.save(out, loaded, deepseek_v3.names(fitted), like=without)
     assert same_files(without, out)
 
     params, names = load(hf_model(SMALL), cfg), deepseek_v3.names(cfg)
-    tensors = {n: x.detach().contiguous() for path, leaf in tree.flatten_with_path(params) for n, x in files.file_tensors(names, path, leaf).items()}
-    copies = {"model.layers.2.embed_tokens.weight": "model.embed_tokens.weight", "model.layers.2.shared_head.head.weight": "lm_head.weight"}
+    tensors = {n: x.detach().contiguous() for path, leaf in tree.flatten_with_path(params)
+               for n, x in files.file_tensors(names, path, leaf).items()}
+    copies = {"model.layers.2.embed_tokens.weight": "model.embed_tokens.weight",
+              "model.layers.2.shared_head.head.weight": "lm_head.weight"}
     with_them.mkdir()
     save_file(tensors | {copy: tensors[name].clone() for copy, name in copies.items()}, with_them / "model.safetensors")
     assert deepseek_v3.fit(cfg, files.tensors(with_them)) == cfg

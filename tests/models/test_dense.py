@@ -14,7 +14,7 @@ from xtf import tree
 from xtf.kernels.attention import reference_attend, visible
 
 FAMILIES = ["qwen3", "qwen2", "llama"]
-BOUND = 1e-5                                       # fp32 against fp32: what the project promises, of each tensor's largest
+BOUND = 1e-5  # fp32 against fp32: what the project promises, of each tensor's largest
 
 
 def grads_by_name(module, cfg, params, batch, fn="loss"):
@@ -69,7 +69,8 @@ def test_loss_token_losses_and_forward_agree(name, data):
         for key in want_grads:
             assert R.deviation(grads[key], want_grads[key], R.floor(want_grads)) <= 1e-12, (fn, key)
     hidden = module.hidden(params, batch, cfg)
-    torch.testing.assert_close(module.forward(params, batch, cfg), hidden @ params.get("head", params["embed"])["weight"].T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.forward(params, batch, cfg),
+                               hidden @ params.get("head", params["embed"])["weight"].T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -86,7 +87,8 @@ def test_packing_is_invisible(name, data):
     for seq, (row, at) in zip(seqs, where, strict=True):
         alone, _ = R.packed([seq], padding=0)
         alone = tree.tree_map(lambda x: x[:1], alone)
-        torch.testing.assert_close(module.token_losses(params, alone, cfg)[0, :-1], nll[row, at][:-1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(module.token_losses(params, alone, cfg)[0, :-1], nll[row, at][:-1], rtol=0,
+                                   atol=1e-12)
         for key, g in grads_by_name(module, cfg, params, alone)[1].items():
             total[key] += g
     for key in grads:
@@ -97,7 +99,8 @@ def test_packing_is_invisible(name, data):
 @given(data=st.data())
 @settings(max_examples=10)
 def test_flops(name, data):
-    """`flops` is what torch counts, but for attention, where the mask counts the pairs; forward and backward are exactly 3 times forward."""
+    """`flops` is what torch counts, but for attention, where the mask counts the pairs; forward and backward are
+    exactly 3 times forward."""
     hf, seqs = data.draw(R.configs(name)), data.draw(R.sequences())
     module, cfg = R.family(hf)
     params = R.load(R.hf_model(hf), module, cfg)
@@ -108,18 +111,20 @@ def test_flops(name, data):
         module.forward(params, batch, cfg, ops)
     windows = getattr(cfg, "windows", [None] * cfg.num_hidden_layers)
     pair = 4 * cfg.num_attention_heads * cfg.head_dim
-    dense, seen = pair * T * T * cfg.num_hidden_layers, pair * sum(int(visible(batch.segments, T, w).sum()) for w in windows)
+    dense, seen = pair * T * T * cfg.num_hidden_layers, pair * sum(int(visible(batch.segments, T, w).sum())
+                                                                   for w in windows)
     assert forward.get_total_flops() - dense + seen == module.flops(cfg, [T])
     assert module.flops(cfg, [T, 5]) == module.flops(cfg, [T]) + module.flops(cfg, [5])
     with FlopCounterMode(display=False) as both:
-        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params, replace(batch, loss_mask=torch.ones(1, T)), ops)
+        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params,
+                                                                      replace(batch, loss_mask=torch.ones(1, T)), ops)
     assert both.get_total_flops() == 3 * forward.get_total_flops()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_and_shapes_are_transformers(name):
-    hf = {"model_type": name, "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "num_key_value_heads": 1, "head_dim": 6}
+    hf = {"model_type": name, "vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 6}
     for tied in (False, True):
         module, cfg = R.family(hf | {"tie_word_embeddings": tied})
         model = R.hf_model(hf | {"tie_word_embeddings": tied})
@@ -131,8 +136,9 @@ def test_names_and_shapes_are_transformers(name):
 
 def test_init_follows_the_config():
     """Norms are ones, biases zeros, weights normal with `initializer_range`."""
-    module, cfg = R.family({"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-                            "num_attention_heads": 4, "initializer_range": 0.1, "attention_bias": True})
+    module, cfg = R.family({"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+                            "num_hidden_layers": 1, "num_attention_heads": 4, "initializer_range": 0.1,
+                            "attention_bias": True})
     params = xtf.init(module.specs(cfg, torch.bfloat16), seed=1)
     assert {p.dtype for p in tree.leaves(params)} == {torch.bfloat16}
     layer = params["layers"][0]

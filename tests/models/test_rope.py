@@ -17,25 +17,31 @@ KINDS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
-    "yarn from deepseek": {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+    "yarn from deepseek": {"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+                           "beta_slow": 1,
                            "mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False},
     "yarn over nearly all dims": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 262144},
-    "yarn with half of the mscales": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096, "mscale": 0.707},
-    "yarn without a factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048, "beta_fast": None},
+    "yarn with half of the mscales": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096,
+                                      "mscale": 0.707},
+    "yarn without a factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 2048,
+                              "beta_fast": None},
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 4096,
                  "short_factor": [1 + i / 100 for i in range(HALF)], "long_factor": [1 + i / 2 for i in range(HALF)]},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192},
 }
 MOST = 16384                                                                  # max_position_embeddings
 
 
 def theirs(rope: dict, half: int, most: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    cfg = LlamaConfig(hidden_size=2 * half, num_attention_heads=1, head_dim=2 * half, max_position_embeddings=most, rope_parameters=dict(rope))
+    cfg = LlamaConfig(hidden_size=2 * half, num_attention_heads=1, head_dim=2 * half, max_position_embeddings=most,
+                      rope_parameters=dict(rope))
     cos, sin = LlamaRotaryEmbedding(cfg)(torch.zeros(1), torch.arange(length)[None])
     return cos[0], sin[0]
 
 
-def ours(kind: nn.AnyRope, half: int, lengths: list[int], dtype=torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def ours(kind: nn.AnyRope, half: int, lengths: list[int],
+         dtype=torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
     segments = torch.tensor([[0, *torch.tensor(lengths).cumsum(0).tolist()]], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     cos, sin = nn.rope(kind, 2 * half, positions, segments, dtype)
@@ -43,7 +49,8 @@ def ours(kind: nn.AnyRope, half: int, lengths: list[int], dtype=torch.float32) -
 
 
 def assert_equal_rope(rope: dict, half: int, most: int, lengths: list[int]) -> None:
-    """Frequencies go through at most ten float32 operations, so an angle is off by 10 eps of itself, and cos and sin by as much."""
+    """Frequencies go through at most ten float32 operations, so an angle is off by 10 eps of itself, and cos and sin by
+    as much."""
     kind = decode_rope({"rope_parameters": dict(rope)}, most)
     for length, got in zip(lengths, ours(kind, half, lengths), strict=True):
         position = torch.arange(length)[:, None]
@@ -68,7 +75,8 @@ def test_drawn_kinds_equal_transformers(data):
 
 def test_the_kinds_differ():
     """Each kind moves the angles of a long document: no comparison above is of a thing with itself."""
-    tables = {name: ours(decode_rope({"rope_parameters": dict(rope)}, MOST), HALF, [20000])[0][0] for name, rope in KINDS.items()}
+    tables = {name: ours(decode_rope({"rope_parameters": dict(rope)}, MOST), HALF, [20000])[0][0]
+              for name, rope in KINDS.items()}
     names = list(tables)
     for i, a in enumerate(names):
         for b in names[i + 1:]:

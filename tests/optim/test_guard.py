@@ -88,7 +88,8 @@ def test_advice_after_patience():
 @pytest.mark.parametrize("donate", [False, True])
 def test_ema_by_formula(dtype, donate):
     decay, ops = 0.9, replace(LOCAL, donate=donate)
-    draw = lambda i: torch.randn(5, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(dtype).requires_grad_()
+    draw = lambda i: torch.randn(5, 3, generator=torch.Generator().manual_seed(i),
+                                 dtype=torch.float64).to(dtype).requires_grad_()
     frozen = torch.ones(2)
     tx, params = ema(decay), {"w": draw(0), "frozen": frozen}
     average, want = tx.init(params), draw(0).double().detach()

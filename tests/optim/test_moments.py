@@ -34,8 +34,8 @@ def there_and_back(x, dtype, step, u=None):
 
 
 def largest_error(x, dtype):
-    """The step at |x|: for bf16 2^-7 of it; else (|x| + c s) / 8, s the largest of the block. Float32's own rounding of x / s + c is below
-    2^-22 of these."""
+    """The step at |x|: for bf16 2^-7 of it; else (|x| + c s) / 8, s the largest of the block. Float32's own rounding of
+    x / s + c is below 2^-22 of these."""
     if dtype is torch.bfloat16:
         return x.abs() * 2**-7
     c = {torch.int8: 2**-15, torch.uint8: 2**-31}[dtype]
@@ -54,14 +54,15 @@ def test_error_is_within_a_step(dtype):
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_rounding_has_no_bias(dtype):
-    """The mean over T steps: u's discrepancy is of the order of log T / T, so a few steps over T; v's zero counts as its smallest step."""
+    """The mean over T steps: u's discrepancy is of the order of log T / T, so a few steps over T; v's zero counts as
+    its smallest step."""
     x, T = values(dtype), 256
     mean = sum(there_and_back(x, dtype, t).double() for t in range(1, T + 1)) / T
     floor = largest_error(torch.zeros_like(x) + 0, dtype) if dtype is not torch.uint8 else largest_error(x, dtype) - x / 8
     error = (mean - x).abs()
     assert (error <= 8 / T * largest_error(x, dtype) + (floor if dtype is torch.uint8 else 0)).all()
     always_half = sum(there_and_back(x, dtype, t, u=0.5).double() for t in range(1, 5)) / 4
-    assert ((always_half - x).abs() > 0.3 * largest_error(x, dtype)).any()                                 # rounding to nearest is told apart
+    assert ((always_half - x).abs() > 0.3 * largest_error(x, dtype)).any()  # rounding to nearest is told apart
 
 
 def test_dither_is_uniform_and_differs_by_element_and_step():
@@ -75,7 +76,8 @@ def test_dither_is_uniform_and_differs_by_element_and_step():
 
 
 def averages_reach_their_value(kind, b2):
-    """A gradient that is halved, but for the column that holds each block's scale: averages end within three steps of their values."""
+    """A gradient that is halved, but for the column that holds each block's scale: averages end within three steps of
+    their values."""
     p = {"w": torch.zeros(16, 256, requires_grad=True)}
     g = torch.rand(16, 256, generator=torch.Generator().manual_seed(0)) + 0.5
     g[:, 128:] *= 1e-2
@@ -91,7 +93,8 @@ def averages_reach_their_value(kind, b2):
         kept = state[name]["w"]
         got = decode(kept, 0, 256) if kind == "int8" else kept.float()
         step = {"int8": want / 8 + want.amax(1, keepdim=True) * 2**-18, "bf16": want * 2**-7}[kind]
-        assert ((got - want).abs() <= 3 * step + 3 * math.exp(-6) * want).all()      # 3 times the first half's rest in v, as v was 4 times that
+        # 3 times the first half's rest in v, as v was 4 times that
+        assert ((got - want).abs() <= 3 * step + 3 * math.exp(-6) * want).all()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
@@ -130,8 +133,9 @@ def test_small_and_flat_leaves_keep_float32_and_bytes_are_as_said():
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_two_steps_are_within_the_bound(kind):
-    """The first step's moments are those of float32. In the second m's error is b1 e_m, v's relative error is b2 e_v / v': so the update's
-    is (b1 e_m + |m'| b2 e_v / (2 v')) / sqrt(v'), to first order in e_v / v' <= 1/8, which half as much again covers."""
+    """The first step's moments are those of float32. In the second m's error is b1 e_m, v's relative error is b2 e_v /
+    v': so the update's is (b1 e_m + |m'| b2 e_v / (2 v')) / sqrt(v'), to first order in e_v / v' <= 1/8, which half as
+    much again covers."""
     b1, b2, lr = 0.9, 0.95, 1.0
     params = {"w": torch.zeros(16, 512, requires_grad=True)}
     first, second = (torch.randn(16, 512, generator=torch.Generator().manual_seed(i)) for i in range(2))
@@ -144,7 +148,8 @@ def test_two_steps_are_within_the_bound(kind):
     assert torch.equal(updates["fp32"][0], updates[kind][0])
     m1, v1 = (1 - b1) * first, (1 - b2) * first**2
     m, v = b1 * m1 + (1 - b1) * second, b2 * v1 + (1 - b2) * second**2
-    e_m, e_v = (largest_error(x, t) for x, t in ((m1, torch.int8), (v1, torch.uint8))) if kind == "int8" else (m1.abs() / 128, v1 / 128)
+    e_m, e_v = (largest_error(x, t)
+                for x, t in ((m1, torch.int8), (v1, torch.uint8))) if kind == "int8" else (m1.abs() / 128, v1 / 128)
     bound = lr / (1 - b1**2) * (1 - b2**2) ** 0.5 * (b1 * e_m + m.abs() * b2 * e_v / (2 * v)) / v.sqrt()
     error = (updates["fp32"][1] - updates[kind][1]).abs()
     assert (error <= 1.5 * bound + 1e-5).all() and (error > 0.2 * bound).any()
@@ -159,7 +164,7 @@ def test_tiny_gradients_beside_large_ones_take_bounded_steps():
     for t in range(60):
         g = torch.randn(16, 256, generator=torch.Generator().manual_seed(t)) * scale
         updates, state = tx.update({"w": g}, state, params)
-        assert updates["w"].abs().max() < 10                                 # float32's own are below (1 - b1) / sqrt(1 - b2) = 0.45 to about 3
+        assert updates["w"].abs().max() < 10  # float32's own are below (1 - b1) / sqrt(1 - b2) = 0.45 to about 3
 
 
 def test_a_nan_is_not_lost():
@@ -176,7 +181,8 @@ def train(kind, seed, steps=200):
     g = torch.Generator().manual_seed(seed)
     x, teacher = torch.randn(256, 16, generator=g), torch.randn(16, 4, generator=g)
     y = torch.sin(x @ teacher)
-    params = {"a": (torch.randn(64, 16, generator=g) / 4).requires_grad_(), "b": (torch.randn(64, 64, generator=g) / 8).requires_grad_(),
+    params = {"a": (torch.randn(64, 16, generator=g) / 4).requires_grad_(),
+              "b": (torch.randn(64, 64, generator=g) / 8).requires_grad_(),
               "c": (torch.randn(4, 64, generator=g) / 8).requires_grad_()}
     tx = adamw(3e-3, moments=kind)
     state = tx.init(params)
@@ -190,7 +196,8 @@ def train(kind, seed, steps=200):
 
 
 def test_training_goes_as_well(monkeypatch):
-    """Beside float32: the mean of the last losses over seeds is no worse than that plus three of its standard errors."""
+    """Beside float32: the mean of the last losses over seeds is no worse than that plus three of its standard
+    errors."""
     monkeypatch.setattr(moments, "LEAST", 32)
     losses = {kind: torch.tensor([train(kind, seed) for seed in range(4)]) for kind in ("fp32", "bf16", "int8")}
     start = train("fp32", 0, steps=1)

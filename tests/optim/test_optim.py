@@ -15,7 +15,20 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from xtf import device, tree
 from xtf.layout import like, local
 from xtf.ops import LOCAL
-from xtf.optim import Optimizer, adamw, apply_updates, chain, clip_by_global_norm, hidden_matrix, lion, moments, muon, partition, schedules, sgd
+from xtf.optim import (
+    Optimizer,
+    adamw,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    hidden_matrix,
+    lion,
+    moments,
+    muon,
+    partition,
+    schedules,
+    sgd,
+)
 
 DONATE = replace(LOCAL, donate=True)
 BIG = (1 << 19) + 3                                                        # more than one piece of a leaf
@@ -25,17 +38,20 @@ def make_params(dtype=torch.float32, seed=0, big=17):
     """A tree with a frozen leaf, a scalar, a leaf that is cut into pieces if `big`, and an empty one."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-    return {"embed": {"weight": draw(7, 5)}, "layers": [{"w": draw(big), "norm": draw(5)}, {"w": draw(3, 4, 2), "norm": draw(5)}],
-            "scalar": draw(), "empty": draw(0, 5), "frozen": draw(4).requires_grad_(False)}
+    return {"embed": {"weight": draw(7, 5)},
+            "layers": [{"w": draw(big), "norm": draw(5)}, {"w": draw(3, 4, 2), "norm": draw(5)}], "scalar": draw(),
+            "empty": draw(0, 5), "frozen": draw(4).requires_grad_(False)}
 
 
 def make_grads(params, seed):
     g = torch.Generator().manual_seed(seed)
-    return tree.tree_map(lambda p: torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) if p.requires_grad else None, params)
+    return tree.tree_map(lambda p: torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) if p.requires_grad
+                         else None, params)
 
 
 def clone(x):
-    return tree.tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, x)
+    return tree.tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor)
+                         else t, x)
 
 
 def step(tx, params, state, grads, ops=LOCAL):
@@ -84,7 +100,8 @@ def test_adamw_follows_its_own_gradients_as_torch_does():
     w = params["w"].detach().clone().requires_grad_()
     loss = lambda w: (a @ w).square().sum()
     schedule = schedules.cosine(0.05, steps=50, warmup=0.2)
-    reference, tx = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1), chain(clip_by_global_norm(1.0), adamw(schedule))
+    reference, tx = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1), chain(clip_by_global_norm(1.0),
+                                                                                               adamw(schedule))
     state = tx.init(params)
     for i in range(50):
         w.grad = torch.autograd.grad(loss(w), w)[0]
@@ -105,7 +122,8 @@ def test_bf16_parameters_are_rounded_once():
     m, v = (tree.tree_map(lambda p: torch.zeros(p.shape, dtype=torch.float64), params) for _ in range(2))
     for t in range(1, 6):
         grads = make_grads(params, t)
-        g64 = tree.tree_map(lambda p, g: torch.zeros(p.shape, dtype=torch.float64) if g is None else g.double(), params, grads)
+        g64 = tree.tree_map(lambda p, g: torch.zeros(p.shape, dtype=torch.float64) if g is None else g.double(), params,
+                            grads)
         m = tree.tree_map(lambda m, g: b1 * m + (1 - b1) * g, m, g64)
         v = tree.tree_map(lambda v, g: b2 * v + (1 - b2) * g * g, v, g64)
         adam = tree.tree_map(lambda m, v, c1=1 - b1**t, c2=1 - b2**t: m / c1 / ((v / c2).sqrt() + 1e-8), m, v)
@@ -135,7 +153,8 @@ def test_clip_is_torchs(max_norm, dtype):
     assert abs(state["norm"].item() / norm.item() - 1) < 100 * eps         # about as many terms
     for u, p in zip([u for u in tree.leaves(updates) if u is not None], theirs, strict=True):
         assert p.grad is not None
-        torch.testing.assert_close(u, p.grad, rtol=100 * eps + 1e-6 / norm.item(), atol=0)     # theirs divides by norm + 1e-6
+        # theirs divides by norm + 1e-6
+        torch.testing.assert_close(u, p.grad, rtol=100 * eps + 1e-6 / norm.item(), atol=0)
 
 
 def test_clip_of_nothing_and_of_nan():
@@ -164,7 +183,8 @@ OPTIMIZERS = {
     "muon, adamw": partition({"muon": muon(schedules.constant(1e-2)), "adamw": adamw(1e-3)},
                              lambda path, p: "muon" if hidden_matrix(path, p) else "adamw"),
 }
-ALONE = ("adamw", "no decay", "masked, scheduled", "clip", "clip, adamw", "nothing", "sgd", "sgd, momentum", "lion")   # a leaf's parts on their own
+# a leaf's parts on their own
+ALONE = ("adamw", "no decay", "masked, scheduled", "clip", "clip, adamw", "nothing", "sgd", "sgd, momentum", "lion")
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +198,8 @@ def bits(x):
 
 
 def equal_bits(a, b):
-    return all((x is None) == (y is None) and (x is None or (x.dtype == y.dtype and torch.equal(bits(local(x)), bits(local(y)))))
+    return all((x is None) == (y is None)
+               and (x is None or (x.dtype == y.dtype and torch.equal(bits(local(x)), bits(local(y)))))
                for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
 
 
@@ -237,7 +258,8 @@ def last_of_four():
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_law_placement_is_kept(name, dtype, last_of_four):
-    """A leaf may have no row on this rank; each shard's update is what the shard alone would get. (The others: tests/laws, on real ranks.)"""
+    """A leaf may have no row on this rank; each shard's update is what the shard alone would get. (The others:
+    tests/laws, on real ranks.)"""
     tx = OPTIMIZERS[name]
 
     def put(x, placements):
@@ -246,10 +268,13 @@ def test_law_placement_is_kept(name, dtype, last_of_four):
             p = placements[dim]
             if isinstance(p, Shard):
                 chunk = -(-local_.shape[p.dim] // size)
-                local_ = local_.narrow(p.dim, min(rank * chunk, local_.shape[p.dim]), max(0, min(chunk, local_.shape[p.dim] - rank * chunk)))
-        return DTensor.from_local(local_.clone(), last_of_four, placements, run_check=False, shape=x.shape, stride=x.stride())
+                local_ = local_.narrow(p.dim, min(rank * chunk, local_.shape[p.dim]),
+                                       max(0, min(chunk, local_.shape[p.dim] - rank * chunk)))
+        return DTensor.from_local(local_.clone(), last_of_four, placements, run_check=False, shape=x.shape,
+                                  stride=x.stride())
 
-    where = {"rows": (Shard(0), Replicate()), "both": (Shard(1), Shard(0)), "nobody": (Shard(0), Shard(0)), "whole": (Replicate(), Replicate())}
+    where = {"rows": (Shard(0), Replicate()), "both": (Shard(1), Shard(0)), "nobody": (Shard(0), Shard(0)),
+             "whole": (Replicate(), Replicate())}
     whole = {k: torch.randn(1 if k == "nobody" else 6, 3, dtype=dtype) for k in where}
     grads = {k: torch.randn_like(x) for k, x in whole.items()}
     params = {k: put(x, where[k]).requires_grad_() for k, x in whole.items()}
@@ -257,7 +282,8 @@ def test_law_placement_is_kept(name, dtype, last_of_four):
     plain = {k: local(p).clone().requires_grad_() for k, p in params.items()}
     assert plain["nobody"].numel() == 0
     updates, state = tx.update({k: put(g, where[k]) for k, g in grads.items()}, tx.init(params), params, ops)
-    expected, plain_state = tx.update({k: local(put(g, where[k])).clone() for k, g in grads.items()}, tx.init(plain), plain, ops)
+    expected, plain_state = tx.update({k: local(put(g, where[k])).clone() for k, g in grads.items()}, tx.init(plain),
+                                      plain, ops)
     new, plain_new = apply_updates(params, updates), apply_updates(plain, expected)
     for ours, alone, was in ((updates, expected, params), (new, plain_new, params)):
         for k, x in ours.items():
@@ -307,7 +333,8 @@ def test_law_a_state_read_from_a_file_goes_on_bit_for_bit(tx):
     file.seek(0)
     read = iter(torch.load(file))
     fresh = make_params(seed=5)
-    other = tree.tree_map(lambda x: x if x is None else next(read).requires_grad_(x.requires_grad), (fresh, tx.init(fresh)))
+    other = tree.tree_map(lambda x: x if x is None else next(read).requires_grad_(x.requires_grad),
+                          (fresh, tx.init(fresh)))
     for i in range(1, 4):
         params, state = step(tx, params, state, make_grads(params, i))
         other = step(tx, *other, make_grads(params, i))
@@ -315,7 +342,8 @@ def test_law_a_state_read_from_a_file_goes_on_bit_for_bit(tx):
 
 
 def not_ok_changes_no_bit(tx, dtype):
-    """Whatever is in the gradients, before the first step and after one, donated or not; and one that is ok is as without `ok`."""
+    """Whatever is in the gradients, before the first step and after one, donated or not; and one that is ok is as
+    without `ok`."""
     params = make_params(dtype)
     with torch.no_grad():
         params["embed"]["weight"][0] = -0.0                                     # which 0.0 added to it would change
@@ -323,7 +351,8 @@ def not_ok_changes_no_bit(tx, dtype):
     for i in range(2):
         for bad in (float("nan"), float("inf"), -1e30):
             for ops in (LOCAL, DONATE):
-                grads = tree.tree_map(lambda g, bad=bad: None if g is None else g.masked_fill(g > 0, bad), make_grads(params, 9))
+                grads = tree.tree_map(lambda g, bad=bad: None if g is None else g.masked_fill(g > 0, bad),
+                                      make_grads(params, 9))
                 assert equal_bits(taken(tx, *clone(now), grads, False, ops), now)
         plain = step(tx, *clone(now), make_grads(params, i))
         now = taken(tx, *now, make_grads(params, i), True)
@@ -335,7 +364,7 @@ def not_ok_changes_no_bit(tx, dtype):
 @pytest.mark.parametrize("fused", [True, False])
 def test_law_a_step_that_is_not_ok_changes_no_bit(tx, dtype, fused, monkeypatch):
     monkeypatch.setattr(device, "has_fused_adamw", lambda where: fused)
-    if tx in (OPTIMIZERS["clip"], OPTIMIZERS["nothing"]):                       # gradients are for the next in a chain to leave out
+    if tx in (OPTIMIZERS["clip"], OPTIMIZERS["nothing"]):  # gradients are for the next in a chain to leave out
         _, state = tx.update({"w": torch.ones(2)}, tx.init({}), {"w": torch.ones(2)}, ok=torch.tensor(False))
         assert equal_bits(state, tx.init({}))
     else:
@@ -360,9 +389,10 @@ def test_extras():
     def refuse(grads):
         raise AssertionError("the norm was given")
     tx = chain(clip_by_global_norm(1.0), sgd(1.0))
-    updates, state = tx.update({"w": torch.ones(2)}, tx.init(params), params, replace(LOCAL, norm=refuse), norm=torch.tensor(10.0))
+    updates, state = tx.update({"w": torch.ones(2)}, tx.init(params), params, replace(LOCAL, norm=refuse),
+                               norm=torch.tensor(10.0))
     assert updates["w"].tolist() == pytest.approx([-0.1, -0.1]) and state[0]["norm"] == 10
-    twice = chain(clip_by_global_norm(1.0), clip_by_global_norm(1.0))            # the second clips what the first one left
+    twice = chain(clip_by_global_norm(1.0), clip_by_global_norm(1.0))  # the second clips what the first one left
     updates, state = twice.update({"w": torch.tensor([3.0, 4.0])}, twice.init(params), params, norm=torch.tensor(5.0))
     assert state[1]["norm"].item() == pytest.approx(1.0)
     for tx in (adamw(1.0), sgd(1.0), lion(1.0), clip_by_global_norm(1.0)):

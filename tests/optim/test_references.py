@@ -27,7 +27,8 @@ def ours(tx, steps=STEPS, dtype=torch.float64):
     state = tx.init(params)
     for t in range(steps):
         noise = draw(t + 1)
-        updates, state = tx.update({k: (curvature(p.detach().double()) + noise[k]).to(dtype) for k, p in params.items()}, state, params)
+        updates, state = tx.update({k: (curvature(p.detach().double()) + noise[k]).to(dtype)
+                                    for k, p in params.items()}, state, params)
         params = apply_updates(params, updates)
     return {k: p.detach() for k, p in params.items()}
 
@@ -78,7 +79,8 @@ def muon_rule(p, g, s, t, momentum=0.95, decay=0.1, nesterov=True, adjust="match
 REFERENCES = {
     "adamw": (adamw(LR), adam_rule), "sgd": (sgd(LR, momentum=0.9, nesterov=True, weight_decay=0.1), sgd_rule),
     "lion": (lion(LR, weight_decay=0.3), lion_rule), "muon": (muon(LR, dtype=None), muon_rule),
-    "muon, original": (muon(LR, adjust="original", nesterov=False, dtype=None), lambda *a: muon_rule(*a, nesterov=False, adjust="original"))}
+    "muon, original": (muon(LR, adjust="original", nesterov=False,
+                            dtype=None), lambda *a: muon_rule(*a, nesterov=False, adjust="original"))}
 
 
 @pytest.mark.parametrize("tx, rule", REFERENCES.values(), ids=REFERENCES)
@@ -91,7 +93,8 @@ def test_200_steps_of_the_formula(tx, rule):
 
 def test_another_constant_is_seen():
     almost = muon(LR, momentum=0.951, dtype=None)
-    for tx, rule in ((adamw(LR, b2=0.951), adam_rule), (lion(LR, b2=0.991, weight_decay=0.3), lion_rule), (almost, muon_rule)):
+    for tx, rule in ((adamw(LR, b2=0.951), adam_rule), (lion(LR, b2=0.991, weight_decay=0.3), lion_rule),
+                     (almost, muon_rule)):
         want = written_out(rule)
         assert max((p - want[k]).abs().max() for k, p in ours(tx).items()) > 1e-6
 
@@ -107,7 +110,8 @@ def torchs(make):
     return {k: p.detach() for k, p in params.items()}
 
 
-@pytest.mark.parametrize("momentum, nesterov, decay", [(0.0, False, 0.0), (0.0, False, 0.1), (0.9, False, 0.1), (0.9, True, 0.1)])
+@pytest.mark.parametrize("momentum, nesterov, decay",
+                         [(0.0, False, 0.0), (0.0, False, 0.1), (0.9, False, 0.1), (0.9, True, 0.1)])
 def test_sgd_is_torchs(momentum, nesterov, decay):
     want = torchs(lambda ps: torch.optim.SGD(ps, lr=LR, momentum=momentum, nesterov=nesterov, weight_decay=decay))
     for k, p in ours(sgd(LR, momentum, nesterov, decay)).items():
@@ -125,8 +129,8 @@ def test_muon_is_torchs(adjust, nesterov, monkeypatch):
 
 
 def test_muon_in_bf16_is_near():
-    """One step. Its 15 products round by 2^-9 each, and what comes in too; singular values of these matrices, over their 2-norm, are above
-    0.1, where the quintics together have a slope below 10."""
+    """One step. Its 15 products round by 2^-9 each, and what comes in too; singular values of these matrices, over
+    their 2-norm, are above 0.1, where the quintics together have a slope below 10."""
     whole, short = (ours(muon(LR, dtype=dtype), steps=1) for dtype in (None, torch.bfloat16))
     for k in SHAPES:
         assert 0 < (whole[k] - short[k]).abs().max() < 16 * 2**-9 * 10 * LR * 0.2 * math.sqrt(max(SHAPES[k]))
@@ -160,18 +164,24 @@ def test_stacked_experts_are_each_for_itself():
 
 def test_partition_is_its_parts():
     names = {"tall": "fast", "wide": "slow", "square": "muon"}
-    together = ours(partition({"fast": adamw(3 * LR), "slow": adamw(LR, mask=lambda path, p: path != "wide"), "muon": muon(LR, dtype=None)},
+    together = ours(partition({"fast": adamw(3 * LR), "slow": adamw(LR, mask=lambda path, p: path != "wide"),
+                               "muon": muon(LR, dtype=None)},
                               lambda path, p: names[path]))
-    apart = {"tall": ours(adamw(3 * LR)), "wide": ours(adamw(LR, weight_decay=0.0)), "square": ours(muon(LR, dtype=None))}
+    apart = {"tall": ours(adamw(3 * LR)), "wide": ours(adamw(LR, weight_decay=0.0)),
+             "square": ours(muon(LR, dtype=None))}
     for k in SHAPES:
         assert torch.equal(together[k], apart[k][k])
 
 
 def test_errors_name_the_leaf():
     params = {"layers": [{"norm": torch.ones(3, requires_grad=True), "w": torch.ones(2, 2)}]}
-    with pytest.raises(ValueError, match=r"muon: layers\.0\.norm of shape \(3,\) is no matrix; give it to another optimizer with `partition`"):
+    with pytest.raises(ValueError,
+                       match=r"muon: layers\.0\.norm of shape \(3,\) is no matrix; give it to another optimizer with "
+                             r"`partition`"):
         muon(LR).init(params)
-    with pytest.raises(ValueError, match=r"partition: layers\.0\.norm is labelled 'vector', but there are optimizers for 'sgd', 'muon'"):
+    with pytest.raises(ValueError,
+                       match=r"partition: layers\.0\.norm is labelled 'vector', but there are optimizers for 'sgd', "
+                             r"'muon'"):
         partition({"sgd": sgd(LR), "muon": muon(LR)}, lambda path, p: "vector").init(params)
     with pytest.raises(ValueError, match='adjust must be "match_rms_adamw" or "original"'):
         muon(LR, adjust="none")
@@ -180,5 +190,6 @@ def test_errors_name_the_leaf():
         state = tx.init(matrices)
         with pytest.raises(ValueError, match=rf"{name}: frozen .* its moments are None"):
             tx.update({"w": torch.ones(2, 2), "frozen": torch.ones(2, 2)}, state, matrices, LOCAL)
-        with pytest.raises(ValueError, match=rf"{name}: w has a gradient of shape \(2,\), but its parameter has \(2, 2\)"):
+        with pytest.raises(ValueError,
+                           match=rf"{name}: w has a gradient of shape \(2,\), but its parameter has \(2, 2\)"):
             tx.update({"w": torch.ones(2), "frozen": None}, state, matrices, LOCAL)

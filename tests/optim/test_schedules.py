@@ -36,17 +36,20 @@ def test_warm_up_and_fall_by_formula(steps, warmup, final):
     peak, rise = 2.0, round(warmup * steps)
     s = lambda t: min(1.0, max(0.0, (t - rise) / max(steps - rise, 1)))
     up = lambda t: min(1.0, (t + 1) / (rise + 1))
-    falls = {schedules.cosine(peak, steps, warmup, final): lambda t: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * s(t))),
+    falls = {schedules.cosine(peak, steps, warmup, final): lambda t: final + (1 - final) * 0.5
+             * (1 + math.cos(math.pi * s(t))),
              schedules.linear(peak, steps, warmup, final): lambda t: 1 - (1 - final) * s(t),
              schedules.constant(peak, steps, warmup): lambda t: 1.0}
     for schedule, fall in falls.items():
-        assert rates(schedule, steps + 3) == pytest.approx([peak * up(t) * fall(t) for t in range(steps + 3)], rel=1e-13, abs=1e-15)
+        assert rates(schedule, steps + 3) == pytest.approx([peak * up(t) * fall(t) for t in range(steps + 3)],
+                                                           rel=1e-13, abs=1e-15)
         assert schedule(torch.tensor(0)).shape == () and schedule(torch.tensor(0)) > 0
         assert float(schedule(torch.tensor(rise))) == peak
 
 
 @pytest.mark.parametrize("shape", ["1-sqrt", "linear"])
-@pytest.mark.parametrize("steps, warmup, decay", [(20, 0.1, 0.2), (20, 0.0, 1.0), (10, 0.5, 0.5), (1, 0.0, 0.1), (10, 0.3, 0.0)])
+@pytest.mark.parametrize("steps, warmup, decay",
+                         [(20, 0.1, 0.2), (20, 0.0, 1.0), (10, 0.5, 0.5), (1, 0.0, 0.1), (10, 0.3, 0.0)])
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_wsd_by_formula(shape, steps, warmup, decay, final):
     peak, rise, last = 3.0, round(warmup * steps), round(decay * steps)
@@ -59,7 +62,8 @@ def test_wsd_by_formula(shape, steps, warmup, decay, final):
         r = min(1.0, (t - (steps - last)) / last) if last else 1.0
         return peak * (1 - (1 - final) * (math.sqrt(r) if shape == "1-sqrt" else r))
     ours = rates(schedules.wsd(peak, steps, warmup, decay, final, shape), steps + 3)
-    assert ours == pytest.approx([rate(t) for t in range(steps + 3)], rel=1e-12, abs=1e-7 * peak)   # a root near 0 magnifies rounding
+    # a root near 0 magnifies rounding
+    assert ours == pytest.approx([rate(t) for t in range(steps + 3)], rel=1e-12, abs=1e-7 * peak)
 
 
 @pytest.mark.parametrize("wrong", [{"decay": 1.5}, {"decay": -0.1}, {"warmup": 0.6, "decay": 0.5}, {"shape": "cosine"}])

@@ -1,4 +1,5 @@
-"""Recipes with `--lora`: one curve on every layout and after a resumption, files for transformers and peft; SmolLM2's real weights learn."""
+"""Recipes with `--lora`: one curve on every layout and after a resumption, files for transformers and peft; SmolLM2's
+real weights learn."""
 import importlib.util
 import json
 import warnings
@@ -34,7 +35,8 @@ def by_peft(base, adapter):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from peft import PeftModel
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+                                         adapter).eval()
 
 
 def test_one_curve_and_files_that_agree(files, tmp_path):  # noqa: F811
@@ -42,7 +44,8 @@ def test_one_curve_and_files_that_agree(files, tmp_path):  # noqa: F811
     train("qwen3_sft", args("one"))
     assert curve(tmp_path / "one")[-1] < curve(tmp_path / "one")[0]
     pool(2).run(train, "qwen3_sft", args("two", "--mesh", "dp=2", "--remat", "--save-every", "3"))
-    pool(2).run(train, "qwen3_sft", args("three", "--mesh", "sp=2", "--resume", str(tmp_path / "two" / "checkpoints" / "3")))
+    pool(2).run(train, "qwen3_sft",
+                args("three", "--mesh", "sp=2", "--resume", str(tmp_path / "two" / "checkpoints" / "3")))
     for out, first in (("two", 0), ("three", 3)):
         ours, one = curve(tmp_path / out), curve(tmp_path / "one")[first:]
         assert max(abs(a / b - 1) for a, b in zip(ours, one, strict=True)) < 1e-5
@@ -64,15 +67,18 @@ def test_smollm2_learns_with_adapters_and_peft_loads_them(tmp_path):
     train, held_out = stdlib_qa.records()
     for name, records in (("train", train[:200]), ("heldout", held_out[:8])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    llama_sft.main(["--model", str(base), "--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "heldout.jsonl"), "--lora", "16",
-                    "--steps", str(STEPS), "--seq-len", str(SEQ_LEN), "--batch-tokens", str(2 * SEQ_LEN), "--lr", "2e-3", "--warmup", "0.2",
-                    "--out", str(out), "--cache", str(tmp_path / "cache")])
-    before, after = (r["eval_loss"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "eval_loss" in r)
+    llama_sft.main(["--model", str(base), "--data", str(tmp_path / "train.jsonl"), "--eval-data",
+                    str(tmp_path / "heldout.jsonl"), "--lora", "16", "--steps", str(STEPS), "--seq-len", str(SEQ_LEN),
+                    "--batch-tokens", str(2 * SEQ_LEN), "--lr", "2e-3", "--warmup", "0.2", "--out", str(out), "--cache",
+                    str(tmp_path / "cache")])
+    before, after = (r["eval_loss"] for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+                     if "eval_loss" in r)
     assert after < 0.95 * before
     adapted = by_peft(base, out / "adapter")
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7 * 30 and all(16 in x.shape and x.any() for x in tensors.values())
-    assert sum(p.count_nonzero() for n, p in adapted.named_parameters() if "lora_" in n) == sum(x.count_nonzero() for x in tensors.values())
+    assert sum(p.count_nonzero() for n, p in adapted.named_parameters()
+               if "lora_" in n) == sum(x.count_nonzero() for x in tensors.values())
     samples, _ = read_samples(tmp_path / "heldout.jsonl", AutoTokenizer.from_pretrained(base), SEQ_LEN)
     merged = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=torch.float32).eval()
     for model in (adapted, merged):

@@ -1,4 +1,5 @@
-"""The recipes of the families with experts, from tiny checkpoints that the script makes: one curve on every layout, files that transformers loads."""
+"""The recipes of the families with experts, from tiny checkpoints that the script makes: one curve on every layout,
+files that transformers loads."""
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from xtf import hf, models, parity
 from xtf.data import Sample, pack, stdlib_qa
 from xtf.testing import pool
 
-RECIPES = {"qwen3_moe": "qwen3_moe_sft", "gpt_oss": "gpt_oss_sft", "deepseek_v3": "deepseek_v3_pretrain", "kimi_k2": "kimi_k2_sft"}
+RECIPES = {"qwen3_moe": "qwen3_moe_sft", "gpt_oss": "gpt_oss_sft", "deepseek_v3": "deepseek_v3_pretrain",
+           "kimi_k2": "kimi_k2_sft"}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
 STEPS, SEQ_LEN, BATCH = 6, 64, 512
 
@@ -27,7 +29,8 @@ def files(tmp_path_factory):
     changes = {"gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]}}
     make = recipe("tiny_checkpoint").write
     for family in RECIPES:
-        make(family, folder / family, SMALL | changes.get(family, {}), like=folder / "qwen3_moe" if family != "qwen3_moe" else None)
+        make(family, folder / family, SMALL | changes.get(family, {}),
+             like=folder / "qwen3_moe" if family != "qwen3_moe" else None)
     return folder
 
 
@@ -45,8 +48,9 @@ def one(files, tmp_path_factory):
 
 
 def argv(files, family, out, *more):
-    return ["--model", str(files / family), "--data", str(files / "chats.jsonl"), "--eval-fraction", "0.1", "--steps", str(STEPS),
-            "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH), "--lr", "3e-3", "--out", str(out), "--cache", str(files / "cache"), *more]
+    return ["--model", str(files / family), "--data", str(files / "chats.jsonl"), "--eval-fraction", "0.1", "--steps",
+            str(STEPS), "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH), "--lr", "3e-3", "--out", str(out),
+            "--cache", str(files / "cache"), *more]
 
 
 def apart(a, b):
@@ -63,14 +67,17 @@ def apart(a, b):
 def test_one_curve_on_every_layout(files, one, tmp_path, family, mesh, more):
     """All that is logged of the router too."""
     single = tmp_path / "single"
-    change = [w for w in more if w not in ("--overlap", "--remat", "--experts-on", "sp", "--expert-rows", "300", "--expert-pairs", "600")]
+    change = [w for w in more if w not in ("--overlap", "--remat", "--experts-on", "sp", "--expert-rows", "300",
+                                           "--expert-pairs", "600")]
     if change:
         train(RECIPES[family], argv(files, family, single, *change))
     else:
         single = one(family)
-    pool(4 if "," in mesh else 2).run(train, RECIPES[family], argv(files, family, tmp_path / "many", "--mesh", mesh, *more))
+    pool(4 if "," in mesh else 2).run(train, RECIPES[family],
+                                      argv(files, family, tmp_path / "many", "--mesh", mesh, *more))
     assert apart(curve(tmp_path / "many"), curve(single)) < 1e-5
-    for a, b in zip([r for r in rows(tmp_path / "many") if "loss" in r], [r for r in rows(single) if "loss" in r], strict=True):
+    for a, b in zip([r for r in rows(tmp_path / "many") if "loss" in r], [r for r in rows(single) if "loss" in r],
+                    strict=True):
         assert a["dropped"] == b["dropped"] == 0 and a["router_entropy"] == pytest.approx(b["router_entropy"], rel=1e-4)
     held = [r["eval_loss"] for r in rows(single) if "eval_loss" in r]
     assert held[1] < held[0]
@@ -90,7 +97,8 @@ def test_what_a_run_leaves_is_transformers_model(files, one, family):
         torch.testing.assert_close(mine, model(torch.tensor([ids])).logits[0], rtol=1e-4, atol=1e-4)
     if family == "deepseek_v3":
         before = hf.load(files / family, ours.specs(cfg), ours.names(cfg))
-        moved = [(a["correction"]["bias"] - b["correction"]["bias"]).abs().max() for a, b in zip(params["layers"], before["layers"], strict=True)
+        moved = [(a["correction"]["bias"] - b["correction"]["bias"]).abs().max()
+                 for a, b in zip(params["layers"], before["layers"], strict=True)
                  if "correction" in a]
         assert moved and all(m > 0 for m in moved)
 
@@ -104,7 +112,8 @@ def test_adapters_alone_are_what_was_trained(files, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     with pytest.raises(ValueError, match="--lora-alpha 64"):
         train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path / "b", "--lora", "4", "--steps", "2", "--save-every", "2"))
-        train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path / "b", "--lora", "4", "--steps", "3", "--lora-alpha", "64", "--resume", "auto"))
+        train("kimi_k2_sft", argv(files, "kimi_k2", tmp_path / "b", "--lora", "4", "--steps", "3", "--lora-alpha", "64",
+                                  "--resume", "auto"))
 
 
 def test_a_format_that_cannot_be_written_is_refused_before_the_first_step(files, tmp_path):
@@ -119,15 +128,18 @@ def test_parity_of_a_kimi(files, capsys):
 
 
 def test_a_model_without_experts_is_refused(files, tmp_path):
-    recipe("tiny_checkpoint").write("qwen3_moe", tmp_path / "m", SMALL | {"mlp_only_layers": [0, 1]}, like=files / "qwen3_moe")
+    recipe("tiny_checkpoint").write("qwen3_moe", tmp_path / "m", SMALL | {"mlp_only_layers": [0, 1]},
+                                    like=files / "qwen3_moe")
     with pytest.raises(ValueError, match="no layer of this model has experts"):
         train("qwen3_moe_sft", [*argv(files, "qwen3_moe", tmp_path / "o"), "--model", str(tmp_path / "m")])
 
 
 def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "recipes" / "qwen3_moe_sft.py")]
-    done = subprocess.run([*command, *argv(files, "qwen3_moe", tmp_path / "o", "--mesh", "ep=2", "--threads", "1", "--expert-rows", "9",
-                                           "--expert-pairs", "900")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               str(ROOT / "recipes" / "qwen3_moe_sft.py")]
+    done = subprocess.run([*command, *argv(files, "qwen3_moe", tmp_path / "o", "--mesh", "ep=2", "--threads", "1",
+                                           "--expert-rows", "9", "--expert-pairs", "900")], capture_output=True,
+                          text=True)
     assert done.returncode == 1
     assert "error: ep: static(rows=9, pairs=900) is too little: this step needed rows=" in done.stderr
     assert "step 1/" not in done.stdout
@@ -145,14 +157,15 @@ def test_wrong_flags_are_named(files, tmp_path, flags, message):
 
 
 def test_a_recipe_refuses_another_family(files, tmp_path):
-    for family, other in (("gpt_oss", "qwen3_moe_sft"), ("qwen3_moe", "gpt_oss_sft"), ("qwen3_moe", "deepseek_v3_pretrain"),
-                          ("gpt_oss", "kimi_k2_sft")):
+    for family, other in (("gpt_oss", "qwen3_moe_sft"), ("qwen3_moe", "gpt_oss_sft"),
+                          ("qwen3_moe", "deepseek_v3_pretrain"), ("gpt_oss", "kimi_k2_sft")):
         with pytest.raises(ValueError, match="use the recipe of its family"):
             recipe(other).main(argv(files, family, tmp_path))
 
 
 def test_the_script_makes_a_checkpoint(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "tiny_checkpoint.py"), "qwen3", str(tmp_path / "m"), "--config", '{"hidden_size": 32}']
+    command = [sys.executable, str(ROOT / "recipes" / "tiny_checkpoint.py"), "qwen3", str(tmp_path / "m"), "--config",
+               '{"hidden_size": 32}']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(Path(tmp_path / "m" / "config.json").read_text())["hidden_size"] == 32

@@ -1,5 +1,5 @@
-"""The recipes end to end on a tiny real checkpoint: one curve on every layout, the curve of a plain transformers loop, files that
-transformers loads, and what they say to wrong flags."""
+"""The recipes end to end on a tiny real checkpoint: one curve on every layout, the curve of a plain transformers loop,
+files that transformers loads, and what they say to wrong flags."""
 import importlib.util
 import json
 import subprocess
@@ -32,8 +32,10 @@ def make_tokenizer(texts, path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400,
+                                                     special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                                     show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHATML
     fast.save_pretrained(path)
@@ -41,7 +43,8 @@ def make_tokenizer(texts, path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Real chats from the standard library, and tiny checkpoints of both recipes' families (vocabulary larger than the tokenizer's)."""
+    """Real chats from the standard library, and tiny checkpoints of both recipes' families (vocabulary larger than the
+    tokenizer's)."""
     folder = tmp_path_factory.mktemp("sft")
     train, held_out = stdlib_qa.records()
     for name, rows in (("train", train[:60]), ("heldout", held_out[:9])):
@@ -57,9 +60,9 @@ def files(tmp_path_factory):
 
 
 def argv(files, out, family="qwen3", *more):
-    return ["--model", str(files / family), "--data", str(files / "train.jsonl"), "--eval-data", str(files / "heldout.jsonl"), "--steps", str(STEPS),
-            "--seq-len", str(SEQ_LEN), "--batch-tokens", str(BATCH), "--lr", "3e-3", "--warmup", "0.1", "--out", str(out),
-            "--cache", str(files / "cache"), *more]
+    return ["--model", str(files / family), "--data", str(files / "train.jsonl"), "--eval-data",
+            str(files / "heldout.jsonl"), "--steps", str(STEPS), "--seq-len", str(SEQ_LEN), "--batch-tokens",
+            str(BATCH), "--lr", "3e-3", "--warmup", "0.1", "--out", str(out), "--cache", str(files / "cache"), *more]
 
 
 def train(name, args):
@@ -92,11 +95,13 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
     loader, losses, norms = Loader(samples, SEQ_LEN, BATCH // SEQ_LEN, seed=0), [], []
     for i in range(STEPS):
         batch, loss = loader.step(i), 0.0
-        for ids, labels, mask, segments in zip(batch.input_ids, batch.labels, batch.loss_mask, batch.segments, strict=True):
+        for ids, labels, mask, segments in zip(batch.input_ids, batch.labels, batch.loss_mask, batch.segments,
+                                               strict=True):
             for a, b in zip(segments[:-1].tolist(), segments[1:].tolist(), strict=True):
                 if mask[a:b].any():
                     logits = model(ids[None, a:b]).logits[0]
-                    loss = loss + (torch.nn.functional.cross_entropy(logits, labels[a:b], reduction="none") * mask[a:b]).sum()
+                    loss = loss + (torch.nn.functional.cross_entropy(logits, labels[a:b], reduction="none")
+                                   * mask[a:b]).sum()
         loss = loss / batch.loss_mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -106,7 +111,8 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
         losses.append(loss.item())
     ours = curve(one)
     assert max(abs(a / b - 1) for a, b in zip(ours, losses, strict=True)) < 1e-4
-    assert max(abs(r["grad_norm"] / n - 1) for r, n in zip([r for r in rows(one) if "loss" in r], norms, strict=True)) < 1e-3
+    assert max(abs(r["grad_norm"] / n - 1)
+               for r, n in zip([r for r in rows(one) if "loss" in r], norms, strict=True)) < 1e-3
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -121,10 +127,12 @@ def test_what_a_run_leaves(files, one):
     nll, tokens = 0.0, 0
     for s in read_samples(files / "heldout.jsonl", tokenizer, SEQ_LEN)[0]:
         ids, mask = torch.as_tensor(s.ids), torch.as_tensor(s.mask)[1:].bool()
-        nll += torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1][mask].double(), ids[1:][mask], reduction="sum").item()
+        nll += torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1][mask].double(), ids[1:][mask],
+                                                 reduction="sum").item()
         tokens += int(mask.sum())
-    assert abs(nll / tokens / last - 1) < 1e-4                      # the loss that transformers computes from the directory is ours
-    assert {k: v[1:] for k, v in hf.tensors(one / "hf").items()} == {k: v[1:] for k, v in hf.tensors(files / "qwen3").items()}
+    assert abs(nll / tokens / last - 1) < 1e-4  # the loss that transformers computes from the directory is ours
+    assert {k: v[1:] for k, v in hf.tensors(one / "hf").items()} == {k: v[1:]
+                                                                     for k, v in hf.tensors(files / "qwen3").items()}
 
 
 LAYOUTS = [("dp=2", ()), ("dp=4", ()), ("sp=2", ()), ("dp=2,sp=2", ()), ("sp=2,dp=2", ("--remat",)),
@@ -146,7 +154,8 @@ def test_one_curve_on_every_layout(files, one, tmp_path, mesh, more):
 def test_llama_under_torchrun(files, tmp_path):
     """The command that users type, on two real ranks, against one process; an untied head."""
     train("llama_sft", argv(files, tmp_path / "one", "llama", "--steps", "4"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "recipes" / "llama_sft.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+               str(ROOT / "recipes" / "llama_sft.py")]
     args = argv(files, tmp_path / "two", "llama", "--steps", "4", "--mesh", "dp=2", "--threads", "1")
     done = subprocess.run([*command, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -195,7 +204,8 @@ def test_meshes_that_do_not_fit(files, tmp_path, more, message):
 
 
 def test_held_out_data_without_loss_is_refused(files, tmp_path):
-    (tmp_path / "no.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Nobody answers."}]}) + "\n")
+    (tmp_path / "no.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Nobody answers."}]})
+                                       + "\n")
     with pytest.raises(ValueError, match=r"--eval-data .*no\.jsonl: no sample in it has a token that carries loss"):
         train("qwen3_sft", [*argv(files, tmp_path / "out"), "--eval-data", str(tmp_path / "no.jsonl")])
 
@@ -206,16 +216,19 @@ def test_another_family_is_sent_to_its_recipe(files, tmp_path):
 
 
 def test_an_error_is_one_line_and_exit_status_1(files, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "recipes" / "qwen3_sft.py"), *argv(files, tmp_path, "llama")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "recipes" / "qwen3_sft.py"), *argv(files, tmp_path, "llama")],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --model") and "Traceback" not in done.stderr
 
 
 def test_pretraining_with_muon_and_all_that_flags_turn_on(files, tmp_path):
     """Two weighted sources, 8-bit moments, muon, length grouping, a profile: on two ranks the curve of one."""
     for name, rows_ in (("web", stdlib_qa.records()[0][:40]), ("code", stdlib_qa.records()[0][40:60])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": r["messages"][1]["content"]}) + "\n" for r in rows_))
-    args = [*argv(files, tmp_path / "one"), "--data", f"{tmp_path}/web.jsonl=0.75", f"{tmp_path}/code.jsonl=0.25", "--steps", "8", "--from-scratch",
-            "--optimizer", "muon", "--moments", "int8", "--group-by-length", "--decay", "0.5", "--profile", "3:4"]
+        (tmp_path
+         / f"{name}.jsonl").write_text("".join(json.dumps({"text": r["messages"][1]["content"]}) + "\n" for r in rows_))
+    args = [*argv(files, tmp_path / "one"), "--data", f"{tmp_path}/web.jsonl=0.75", f"{tmp_path}/code.jsonl=0.25",
+            "--steps", "8", "--from-scratch", "--optimizer", "muon", "--moments", "int8", "--group-by-length",
+            "--decay", "0.5", "--profile", "3:4"]
     train("qwen3_pretrain", args)
     pool(2).run(train, "qwen3_pretrain", [*args, "--out", str(tmp_path / "two"), "--mesh", "dp=2"])
     assert max(abs(a / b - 1) for a, b in zip(curve(tmp_path / "two"), curve(tmp_path / "one"), strict=True)) < 1e-5

@@ -1,6 +1,7 @@
 """A run that is killed -9 again and again, on real ranks: the harness of test_kill.py.
 
-The model and the step are tests/outsider.py's; locking, data, checkpoints, log and resumption are those of every recipe.
+The model and the step are tests/outsider.py's; locking, data, checkpoints, log and resumption are those of every
+recipe.
 """
 import json
 import os
@@ -29,18 +30,20 @@ MODEL = SimpleNamespace(flops=lambda cfg, lengths: float(sum(lengths)), names=la
 
 
 def specs(dtype):
-    """tests/outsider.py's, the keys' biases frozen: no loss depends on them, so that Adam would turn rounding into steps of full size."""
+    """tests/outsider.py's, the keys' biases frozen: no loss depends on them, so that Adam would turn rounding into
+    steps of full size."""
     return tree.map_with_path(lambda path, p: replace(p, trainable=not path.endswith("k.bias")), outsider.specs(dtype))
 
 
 def samples():
     draw = np.random.default_rng(5)
-    return [Sample(ids, np.ones(len(ids), bool)) for ids in (draw.integers(0, outsider.V, draw.integers(3, SEQ_LEN + 1)) for _ in range(30))]
+    return [Sample(ids, np.ones(len(ids), bool))
+            for ids in (draw.integers(0, outsider.V, draw.integers(3, SEQ_LEN + 1)) for _ in range(30))]
 
 
 def flags(out, mesh="", **more):
-    return cli.Flags(model="", data=(), out=str(out), steps=STEPS, seq_len=SEQ_LEN, batch_tokens=PACKS * SEQ_LEN, mesh=mesh, save_every=3, keep=2,
-                     resume="auto", threads=1, hang_timeout=60.0, **more)
+    return cli.Flags(model="", data=(), out=str(out), steps=STEPS, seq_len=SEQ_LEN, batch_tokens=PACKS * SEQ_LEN,
+                     mesh=mesh, save_every=3, keep=2, resume="auto", threads=1, hang_timeout=60.0, **more)
 
 
 def train(out, mesh, dtype, pause=0.0):
@@ -48,16 +51,19 @@ def train(out, mesh, dtype, pause=0.0):
     with Run(flags(out, mesh)) as run:
         if run.finished:
             return
-        step = xtf.shard(outsider.step, fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=False, donate=True), mesh=run.mesh, specs=specs(dtype))
+        step = xtf.shard(outsider.step, fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=False, donate=True),
+                         mesh=run.mesh, specs=specs(dtype))
         params = xtf.init(step.specs, 3, step.layout)
-        state = run.begin(xtf.TrainState.create(params, outsider.opt.init(params)), Loader(samples(), SEQ_LEN, PACKS, seed=1), MODEL, None)
+        state = run.begin(xtf.TrainState.create(params, outsider.opt.init(params)),
+                          Loader(samples(), SEQ_LEN, PACKS, seed=1), MODEL, None)
         for i, batch in run.steps():
             state, metrics = step(state, replace(batch, loss_mask=batch.loss_mask.to(dtype)))
             run.log(i, metrics)
             run.save(i, state)
             time.sleep(pause)                                           # so that kills also fall between saves
         run._checkpoints.wait()
-        final = {path: p.full_tensor() if hasattr(p, "full_tensor") else p.detach() for path, p in tree.flatten_with_path(state.params)}
+        final = {path: p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+                 for path, p in tree.flatten_with_path(state.params)}
         if run.mesh is None or run.mesh.get_rank() == 0:
             torch.save(final, Path(out) / "final.new")
             os.replace(Path(out) / "final.new", Path(out) / "final.pt")
@@ -68,7 +74,8 @@ def ranks(mesh):
 
 
 def run(out, meshes, dtype, kills, seed):
-    """Train to the end, killed `kills` times on the way; each start takes the next of `meshes`, the last one ever after. Returns the kills made."""
+    """Train to the end, killed `kills` times on the way; each start takes the next of `meshes`, the last one ever
+    after. Returns the kills made."""
     draw, made, starts = random.Random(seed), 0, 0
     (out := Path(out)).mkdir(parents=True, exist_ok=True)
     while not (out / "final.pt").exists():
@@ -83,7 +90,7 @@ def run(out, meshes, dtype, kills, seed):
         try:
             workers.run(train, str(out), mesh, dtype, 0.01)
         except RuntimeError:
-            made += 1                                                   # a rank died, the others said so, and the pool ended them
+            made += 1  # a rank died, the others said so, and the pool ended them
             if timer.is_alive():
                 raise
         finally:

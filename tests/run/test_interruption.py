@@ -18,9 +18,11 @@ STEPS = 20
 
 
 def start(files, out, *more, ranks=1, options=()):  # noqa: F811
-    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", *options, "--nproc_per_node", str(ranks)]
-    return subprocess.Popen([*command, str(ROOT / "recipes" / "qwen3_sft.py"), *argv(files, out), "--resume", "auto", "--save-every", "5",
-                             "--threads", "1", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", *options,
+                                                   "--nproc_per_node", str(ranks)]
+    return subprocess.Popen([*command, str(ROOT / "recipes" / "qwen3_sft.py"), *argv(files, out), "--resume", "auto",
+                             "--save-every", "5", "--threads", "1", *more], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def when(out, steps, run):
@@ -60,7 +62,8 @@ def test_a_signal_saves_and_says_how_to_go_on(files, tmp_path, whole, capsys, na
 
 
 def contents(out):
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(Path(out).rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(Path(out).rglob("*")) if p.is_file()
+            and p.name != ".lock"}
 
 
 def test_a_finished_run_changes_nothing_and_more_steps_go_on(files, tmp_path, capsys):  # noqa: F811
@@ -102,7 +105,8 @@ def test_a_checkpoint_of_another_model_is_named(files, tmp_path):  # noqa: F811
     more = ["--save-every", "2"]
     train("qwen3_sft", [*argv(files, tmp_path / "a"), *more, "--steps", "2"])
     with pytest.raises(ValueError, match="head"):
-        train("llama_sft", [*argv(files, tmp_path / "b", "llama"), *more, "--steps", "4", "--resume", str(tmp_path / "a" / "checkpoints" / "2")])
+        train("llama_sft", [*argv(files, tmp_path / "b", "llama"), *more, "--steps", "4", "--resume",
+                            str(tmp_path / "a" / "checkpoints" / "2")])
     assert os.listdir(tmp_path / "b") in ([".lock"], [".lock", "run.json"])
 
 
@@ -152,7 +156,8 @@ def test_what_resume_says_to_other_steps_and_broken_files(files, tmp_path, capsy
 def test_a_fork_does_not_mix_its_rows_with_others(files, tmp_path):  # noqa: F811
     train("qwen3_sft", [*argv(files, tmp_path / "a"), "--steps", "4", "--save-every", "2"])
     train("qwen3_sft", [*argv(files, tmp_path / "b"), "--steps", "3"])
-    train("qwen3_sft", [*argv(files, tmp_path / "b"), "--steps", "4", "--resume", str(tmp_path / "a" / "checkpoints" / "2")])
+    train("qwen3_sft",
+          [*argv(files, tmp_path / "b"), "--steps", "4", "--resume", str(tmp_path / "a" / "checkpoints" / "2")])
     assert [r["step"] for r in rows(tmp_path / "b") if "loss" in r] == [3, 4]
 
 
@@ -162,9 +167,10 @@ def test_a_run_of_nothing_but_nan_gives_up_and_keeps_its_checkpoint(files, tmp_p
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    for steps in ("5", "9"):                                             # the last step is the limit, and one in the middle
+    for steps in ("5", "9"):  # the last step is the limit, and one in the middle
         out = tmp_path / steps
         with pytest.raises(ValueError, match=r"step 5: 5 steps in a row were skipped"):
-            train("qwen3_sft", [*argv(files, out), "--model", str(tmp_path / "model"), "--steps", steps, "--max-skipped", "5", "--save-every", "2"])
+            train("qwen3_sft", [*argv(files, out), "--model", str(tmp_path / "model"), "--steps", steps,
+                                "--max-skipped", "5", "--save-every", "2"])
         assert "4" in os.listdir(out / "checkpoints") and not (out / "hf").exists()
         assert [(r["loss"], r["in_a_row"]) for r in rows(out) if "loss" in r][:5] == [(None, i) for i in range(1, 6)]

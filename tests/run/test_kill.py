@@ -1,4 +1,5 @@
-"""kill -9 of a random rank at random moments, saves among them: the run that goes on is the run that was never killed."""
+"""kill -9 of a random rank at random moments, saves among them: the run that goes on is the run that was never
+killed."""
 import pytest
 import torch
 
@@ -59,7 +60,8 @@ def test_a_hundred_kills(whole, tmp_path):
         out = tmp_path / str(seed)
         if seed % 2:
             dtype = torch.float32 if seed % 4 == 1 else torch.float64
-            made += other_layouts(whole, out, [["", "dp=2", "dp=4"], ["dp=4", "", "sp=2"], ["dp=2", "dp=2,sp=2", ""]][seed % 3], dtype, 8, seed)
+            made += other_layouts(whole, out, [["", "dp=2", "dp=4"], ["dp=4", "", "sp=2"],
+                                               ["dp=2", "dp=2,sp=2", ""]][seed % 3], dtype, 8, seed)
         else:
             made += same_layout(whole, out, MESHES[seed // 2 % 3], 8, seed)
         print(f"seed {seed}: {made} kills", flush=True)

@@ -27,7 +27,8 @@ def eventually(true, what):
 
 
 def python(source, *args, **options):
-    return subprocess.Popen([sys.executable, "-c", source, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", source, *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
 
 
 HOLD = """
@@ -107,8 +108,8 @@ def alive(pid):
 def test_workers_die_with_a_launcher_that_is_killed(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "pids").mkdir()
-    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "worker.py"),
-                                 str(tmp_path / "pids")], stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                                 str(tmp_path / "worker.py"), str(tmp_path / "pids")], stderr=subprocess.DEVNULL)
     try:
         eventually(lambda: len([p for p in (tmp_path / "pids").iterdir() if p.read_text()]) == 2, "two workers")
         workers = [int(p.read_text()) for p in (tmp_path / "pids").iterdir()]
@@ -134,7 +135,7 @@ def test_a_hung_collective_is_reported_with_ranks_and_operation(tmp_path):
     workers = Pool(2)
     with pytest.raises(RuntimeError, match="died"):
         workers.run(hang, tmp_path, 1)
-    text = (tmp_path / "rank-1.txt").read_text()                         # the culprit gives up first, since the other made progress after it
+    text = (tmp_path / "rank-1.txt").read_text()  # the culprit gives up first, since the other made progress after it
     assert "rank 1 of 2" in text and "done: step 1; last collective: number 1, all_reduce over 2 ranks, 16 bytes from here" in text
     assert "rank 0: done: step 1; collective number 2, all_reduce over 2 ranks, 32 bytes from here, AHEAD by 1 collectives" in text
     assert "in hang" in text, "where Python stands"

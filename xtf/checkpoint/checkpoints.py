@@ -6,10 +6,11 @@
         ...
         checkpoints.save(step, state, {"cursor": loader.cursor(step)}, {"eval_loss": 2.31})
 
-On disk each is an ordinary Orbax checkpoint (zarr3 in OCDBT), `N/state` and `N/data`, that JAX reads without torch. Rank 0 runs Orbax's
-CheckpointManager, which makes, merges, renames and retires; the other ranks write their parts with tensorstore and import no JAX.
-A step is written to `N.orbax-checkpoint-tmp` and appears by one rename, once all of it is on disk; it leaves by one rename too, to
-`.retired`, before it is deleted. So whatever is called N is whole, whenever a process was killed.
+On disk each is an ordinary Orbax checkpoint (zarr3 in OCDBT), `N/state` and `N/data`, that JAX reads without torch.
+Rank 0 runs Orbax's CheckpointManager, which makes, merges, renames and retires; the other ranks write their parts with
+tensorstore and import no JAX. A step is written to `N.orbax-checkpoint-tmp` and appears by one rename, once all of it
+is on disk; it leaves by one rename too, to `.retired`, before it is deleted. So whatever is called N is whole, whenever
+a process was killed.
 """
 import asyncio
 import contextlib
@@ -39,9 +40,9 @@ LOCK_SECONDS = 5.0
 class Checkpoints:
     """The checkpoints in `directory`, which every rank opens; every rank calls every method, in one order.
 
-    Kept are the last `keep`, those whose step is a multiple of `keep_every` (0: none for that reason), and, if `best` names a metric, the one
-    with its lowest value. With `background` off, `save` returns when the checkpoint is on disk. A rank that does not answer its peers
-    within `timeout` seconds fails them.
+    Kept are the last `keep`, those whose step is a multiple of `keep_every` (0: none for that reason), and, if `best`
+    names a metric, the one with its lowest value. With `background` off, `save` returns when the checkpoint is on disk.
+    A rank that does not answer its peers within `timeout` seconds fails them.
 
     Raises ValueError if `keep` or `keep_every` is out of range.
 
@@ -54,32 +55,37 @@ class Checkpoints:
     ([7], ({'w': tensor([0., 1., 2.]), 'step': tensor(7)}, {'epoch': 1}))
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3, keep_every: int = 0, best: str | None = None, background: bool = True,
-                 timeout: float = 1800.0):
+    def __init__(self, directory: str | Path, *, keep: int = 3, keep_every: int = 0, best: str | None = None,
+                 background: bool = True, timeout: float = 1800.0):
         if keep < 1 or keep_every < 0:
             raise ValueError(f"checkpoints: keep={keep} must be at least 1 and keep_every={keep_every} at least 0")
         self.directory, self.keep, self.keep_every, self.best = Path(directory).absolute(), keep, keep_every, best
         self.background, self.peers = background, Peers(timeout)
         self._manager: Any = None
-        self._buffers: dict[str, torch.Tensor] = {}                      # kept: filling fresh memory takes ten times as long
+        self._buffers: dict[str, torch.Tensor] = {}  # kept: filling fresh memory takes ten times as long
         self._current: _Job | None = None
         self._lock: int | None = None
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
         if self.peers.rank == 0:
-            with contextlib.suppress(OSError):                           # no directory yet, not ours to write, or another run's: nothing to sweep
+            # no directory yet, not ours to write, or another run's: nothing to sweep
+            with contextlib.suppress(OSError):
                 self._take_lock(0.0)
                 self._release()
 
-    def save(self, step: int, state: tree.Tree, data: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        """Save `state`, a tree of tensors (DTensors among them) and None, and `data`, plain JSON values, as checkpoint `step`.
+    def save(self, step: int, state: tree.Tree, data: Mapping[str, Any],
+             metrics: Mapping[str, float] | None = None) -> None:
+        """Save `state`, a tree of tensors (DTensors among them) and None, and `data`, plain JSON values, as checkpoint
+        `step`.
 
-        Returns when both are copied, so that the next step may overwrite them: the copy takes as much host memory as this rank's part of `state`.
+        Returns when both are copied, so that the next step may overwrite them: the copy takes as much host memory as
+        this rank's part of `state`.
 
-        Raises what the previous save raised; ValueError naming a leaf that cannot be saved, or a step that does not come after those that
-        are there; OSError if the directory cannot be written, or another run writes there. What happens in the background is raised by the
-        next `save`, `wait` or `close`: OSError if the disk is full or fails (the space is given back, earlier checkpoints are as they
-        were), ConnectionError if a rank died. Every rank raises, naming the one that failed.
+        Raises what the previous save raised; ValueError naming a leaf that cannot be saved, or a step that does not
+        come after those that are there; OSError if the directory cannot be written, or another run writes there. What
+        happens in the background is raised by the next `save`, `wait` or `close`: OSError if the disk is full or fails
+        (the space is given back, earlier checkpoints are as they were), ConnectionError if a rank died. Every rank
+        raises, naming the one that failed.
         """
         self.wait()
         with self.peers.together(f"save {step}"):
@@ -90,10 +96,11 @@ class Checkpoints:
                 if self._lock is None:
                     self._take_lock(LOCK_SECONDS)
                 if (newest := max(steps(self.directory), default=-1)) >= step:
-                    raise ValueError(f"{self.directory}: checkpoint {newest} is there, {step} does not come after it; restore the newest, or move "
-                                     "the later ones away")
+                    raise ValueError(f"{self.directory}: checkpoint {newest} is there, {step} does not come after it; "
+                                     "restore the newest, or move the later ones away")
             todo = arrays.parts(leaves, self.peers.rank, self.peers.world, self._buffers if self.background else None)
-        job = _Job(step, f"save {step}", todo, _skeleton(state), text, {k: float(v) for k, v in (metrics or {}).items()})
+        job = _Job(step, f"save {step}", todo, _skeleton(state), text,
+                   {k: float(v) for k, v in (metrics or {}).items()})
         self._saving = threading.Thread(target=self._run, args=(job,), name=f"checkpoint-{step}")
         self._saving.start()
         if not self.background:
@@ -117,13 +124,14 @@ class Checkpoints:
         return self.peers.tell("steps", lambda: steps(self.directory), FOREGROUND)
 
     def restore(self, state: tree.Tree, step: int | None = None) -> tuple[tree.Tree, dict[str, Any]]:
-        """Fill the tensors of `state` from a checkpoint (the newest, if `step` is None); returns `state` and the data saved with it.
+        """Fill the tensors of `state` from a checkpoint (the newest, if `step` is None); returns `state` and the data
+        saved with it.
 
-        Each rank reads its own part, whatever layout wrote it. Names, shapes and dtypes are compared before anything is overwritten; a rank
-        that finds damage later fails all, and `state` is then of no use.
+        Each rank reads its own part, whatever layout wrote it. Names, shapes and dtypes are compared before anything is
+        overwritten; a rank that finds damage later fails all, and `state` is then of no use.
 
-        Raises FileNotFoundError if there is no such checkpoint, ValueError listing what differs if it is another model's, OSError naming the
-        leaf or file that is damaged.
+        Raises FileNotFoundError if there is no such checkpoint, ValueError listing what differs if it is another
+        model's, OSError naming the leaf or file that is damaged.
         """
         self.wait()
         there = self.steps()
@@ -191,7 +199,8 @@ class Checkpoints:
         self._manager = self._manager or self._make_manager()
         self._current = job
         self._manager.save(job.step, force=True, metrics=job.metrics, args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(job.skeleton), data=ocp.args.JsonSave({"json": job.data, "crc32": zlib.crc32(job.data.encode())})))
+            state=ocp.args.PyTreeSave(job.skeleton),
+            data=ocp.args.JsonSave({"json": job.data, "crc32": zlib.crc32(job.data.encode())})))
 
     async def _write_parts(self, folder: Path) -> None:
         """What Orbax calls where it would write arrays: rank 0's part, while the others write theirs."""
@@ -221,8 +230,9 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self.directory, item_handlers={"state": handler(self._write_parts), "data": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), best_fn=value if self.best is not None else None, best_mode="min",
-                enable_async_checkpointing=False, todelete_subdir=RETIRED, temporary_path_class=durable()))
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                best_fn=value if self.best is not None else None, best_mode="min", enable_async_checkpointing=False,
+                todelete_subdir=RETIRED, temporary_path_class=durable()))
 
     def _take_lock(self, seconds: float) -> None:
         """Hold the directory for this process, and sweep what a killed one left."""
@@ -236,8 +246,8 @@ class Checkpoints:
                 if time.monotonic() >= deadline:
                     owner = os.pread(fd, 200, 0).decode(errors="replace")
                     os.close(fd)
-                    raise OSError(f"{self.directory}: another run writes checkpoints here ({owner or 'unknown'}); stop it, or use another "
-                                  "folder") from e
+                    raise OSError(f"{self.directory}: another run writes checkpoints here ({owner or 'unknown'}); "
+                                  "stop it, or use another folder") from e
                 time.sleep(0.1)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -259,7 +269,8 @@ class Checkpoints:
 class _Job:
     """One save on its way: `stage` is what the peers wait for, None if they were told."""
 
-    def __init__(self, step: int, what: str, parts: list[arrays.Part], skeleton: Any, data: str, metrics: dict[str, float]):
+    def __init__(self, step: int, what: str, parts: list[arrays.Part], skeleton: Any, data: str,
+                 metrics: dict[str, float]):
         self.step, self.what, self.parts, self.skeleton, self.data, self.metrics = step, what, parts, skeleton, data, metrics
         self.stage: str | None = "begin"
 
@@ -274,10 +285,11 @@ def leave(x: Any, kind: Any) -> None:
 
 
 def restore_params(path: str | Path, params: tree.Tree, name: str = "params") -> tree.Tree:
-    """Fill `params` from the part called `name` of a checkpoint: `path` is OUT/checkpoints/N, or OUT/checkpoints for the newest.
+    """Fill `params` from the part called `name` of a checkpoint: `path` is OUT/checkpoints/N, or OUT/checkpoints for
+    the newest.
 
-    For evaluation, export or the start of another run: no optimizer state is read, and nothing is locked or written. Every rank that
-    holds a part of `params` calls this. Returns `params`.
+    For evaluation, export or the start of another run: no optimizer state is read, and nothing is locked or written.
+    Every rank that holds a part of `params` calls this. Returns `params`.
 
     Raises as `Checkpoints.restore` does.
 
@@ -305,7 +317,8 @@ def steps(directory: str | Path) -> list[int]:
     []
     """
     directory = Path(directory)
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / "state").is_dir()) if directory.is_dir() else []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()
+                  and (p / "state").is_dir()) if directory.is_dir() else []
 
 
 def _named(state: tree.Tree, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -319,7 +332,8 @@ def _named(state: tree.Tree, prefix: str = "") -> dict[str, torch.Tensor]:
         if name in out:
             raise ValueError(f"checkpoint: {name} is the path of two leaves; rename a key that has a dot in it")
         if not name or "/" in name:
-            raise ValueError(f"checkpoint: {name or 'a leaf without a path'} cannot name an array; put it under a key without slashes")
+            raise ValueError(f"checkpoint: {name or 'a leaf without a path'} cannot name an array; put it under a key "
+                             "without slashes")
         out[name] = x
     if not out:
         raise ValueError("checkpoint: no tensors to save or restore")
@@ -331,7 +345,8 @@ def _skeleton(x: tree.Tree) -> Any:
     children = tree._children(x)
     if children is None:
         return None if x is None else arrays.Leaf()
-    return [_skeleton(v) for v in children.values()] if _is_sequence(x) else {k: _skeleton(v) for k, v in children.items()}
+    return [_skeleton(v) for v in children.values()] if _is_sequence(x) else {k: _skeleton(v)
+                                                                              for k, v in children.items()}
 
 
 def _is_sequence(x: Any) -> bool:
@@ -344,7 +359,8 @@ def _json(data: Mapping[str, Any]) -> str:
     except (TypeError, ValueError) as e:
         raise ValueError(f"checkpoint: data must be plain JSON values: {e}") from e
     if json.loads(text) != data:
-        raise ValueError("checkpoint: data would not come back from JSON as it is: use lists instead of tuples, and strings for keys")
+        raise ValueError("checkpoint: data would not come back from JSON as it is: use lists instead of tuples, and "
+                         "strings for keys")
     return text
 
 

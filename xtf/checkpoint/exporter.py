@@ -20,9 +20,11 @@ LOCK_SECONDS = 5.0
 
 
 class Exporter:
-    """Writes Hugging Face directories in the background: `hf.save` of a copy of the parameters, over process groups of its own.
+    """Writes Hugging Face directories in the background: `hf.save` of a copy of the parameters, over process groups of
+    its own.
 
-    The copy takes as much host memory as this rank's part of the parameters, kept for the next one. Every rank calls every method, in one order.
+    The copy takes as much host memory as this rank's part of the parameters, kept for the next one. Every rank calls
+    every method, in one order.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/hf"
@@ -87,5 +89,6 @@ class Exporter:
                     group = dist.new_group(ranks, timeout=self.timeout, backend="gloo")
                     if dist.get_rank() in ranks:
                         groups.append(group)
-            self._meshes[mesh] = DeviceMesh.from_group(groups, "cpu", mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+            self._meshes[mesh] = DeviceMesh.from_group(groups, "cpu", mesh=mesh.mesh,
+                                                       mesh_dim_names=mesh.mesh_dim_names)
         return Place(self._meshes[mesh], x.placements).from_local(host, tuple(x.shape))

@@ -1,8 +1,9 @@
-"""A checkpoint's arrays in and out: zarr3 chunks with checksums in an OCDBT store, by tensorstore alone (no JAX, no Orbax).
+"""A checkpoint's arrays in and out: zarr3 chunks with checksums in an OCDBT store, by tensorstore alone (no JAX, no
+Orbax).
 
-Every rank writes its own parts under `ocdbt.process_RANK`; whoever commits the checkpoint merges these stores into one, which refers to
-their files. Two rules keep that merge right: no chunk has two writers (the merge would keep one of them, silently), so the chunk
-grid divides every boundary between ranks; and of equal copies exactly one is written.
+Every rank writes its own parts under `ocdbt.process_RANK`; whoever commits the checkpoint merges these stores into one,
+which refers to their files. Two rules keep that merge right: no chunk has two writers (the merge would keep one of
+them, silently), so the chunk grid divides every boundary between ranks; and of equal copies exactly one is written.
 """
 import asyncio
 import math
@@ -20,7 +21,8 @@ Shape = tuple[int, ...]
 CHUNK_BYTES = 16 << 20                # below malloc's mmap threshold: its buffers keep their pages
 FILE_BYTES = 64 << 20                 # of a data file, about: one goes to the disk while the next is encoded
 IN_FLIGHT = 64 << 20                  # bytes being read at once
-ODD = {d: n for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz") if (d := getattr(torch, n, None))}
+ODD = {d: n for n in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+       if (d := getattr(torch, n, None))}
 
 
 class Leaf:
@@ -28,7 +30,8 @@ class Leaf:
 
 
 class Part(NamedTuple):
-    """What one rank writes of a leaf: `values` at `offset` of an array of `shape` that is cut into chunks of `chunk`."""
+    """What one rank writes of a leaf: `values` at `offset` of an array of `shape` that is cut into chunks of
+    `chunk`."""
     name: str
     values: np.ndarray
     shape: Shape
@@ -70,26 +73,31 @@ def box(x: torch.Tensor) -> tuple[Shape, Shape]:
 def check(name: str, x: Any) -> None:
     """Raise ValueError, naming the leaf, if it cannot be saved or restored."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"checkpoint: {name} is {type(x).__name__} ({x!r:.50}), not a tensor; make it one, or keep it with the data")
+        raise ValueError(f"checkpoint: {name} is {type(x).__name__} ({x!r:.50}), not a tensor; make it one, or keep "
+                         "it with the data")
     if x.layout != torch.strided or x.is_meta:
-        raise ValueError(f"checkpoint: {name} is a {'meta' if x.is_meta else x.layout} tensor; only dense ones with memory can be saved")
+        raise ValueError(f"checkpoint: {name} is a {'meta' if x.is_meta else x.layout} tensor; only dense ones with "
+                         "memory can be saved")
     if isinstance(x, DTensor):
         if not all(type(p) in (Shard, Replicate) for p in x.placements):
-            raise ValueError(f"checkpoint: {name} of shape {list(x.shape)} is placed {x.placements}; redistribute it to Shard and Replicate first")
+            raise ValueError(f"checkpoint: {name} of shape {list(x.shape)} is placed {x.placements}; redistribute it "
+                             "to Shard and Replicate first")
         if x.device_mesh.get_coordinate() is not None and tuple(local(x).shape) != box(x)[1]:
-            raise ValueError(f"checkpoint: {name} of shape {list(x.shape)} is placed {x.placements} with {list(local(x).shape)} here, "
-                             f"not cut by whole chunks (which would be {list(box(x)[1])})")
+            raise ValueError(f"checkpoint: {name} of shape {list(x.shape)} is placed {x.placements} with "
+                             f"{list(local(x).shape)} here, not cut by whole chunks (which would be {list(box(x)[1])})")
 
 
-def parts(leaves: Mapping[str, torch.Tensor], rank: int, world: int, buffers: dict[str, torch.Tensor] | None) -> list[Part]:
+def parts(leaves: Mapping[str, torch.Tensor], rank: int, world: int,
+          buffers: dict[str, torch.Tensor] | None) -> list[Part]:
     """What this rank writes. Copies of a leaf are dealt to their holders by bytes.
 
-    `buffers` has host memory by leaf, made here where it is missing: values are copied into it. None: host tensors are not copied.
+    `buffers` has host memory by leaf, made here where it is missing: values are copied into it. None: host tensors are
+    not copied.
     """
     out, loads, waits = [], {}, None
     for name, x in leaves.items():
         grid, holders = _grid(x, world)
-        load = loads.setdefault(holders, dict.fromkeys(holders, 0))      # every holder walks the same leaves: one choice
+        load = loads.setdefault(holders, dict.fromkeys(holders, 0))  # every holder walks the same leaves: one choice
         writer = min(load, key=load.__getitem__)
         offset, size = box(x)
         load[writer] += math.prod(size) * x.element_size() + 1
@@ -107,7 +115,8 @@ def parts(leaves: Mapping[str, torch.Tensor], rank: int, world: int, buffers: di
 
 
 def on_host(buffers: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    """A copy of `x` in the buffer of that name (pinned for an accelerator, whose copy is under way when this returns)."""
+    """A copy of `x` in the buffer of that name (pinned for an accelerator, whose copy is under way when this
+    returns)."""
     if name not in buffers or buffers[name].shape != x.shape or buffers[name].dtype != x.dtype:
         buffers[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")
     return buffers[name].copy_(x, non_blocking=True)
@@ -142,20 +151,23 @@ def _boundaries(n: int, cuts: Sequence[int]) -> list[int]:
 
 
 def _chunk(grid: Shape, x: torch.Tensor) -> Shape:
-    """At most CHUNK_BYTES if that is to be had, leading dims cut first. A dim that ranks divide is cut by a divisor of their rows."""
+    """At most CHUNK_BYTES if that is to be had, leading dims cut first. A dim that ranks divide is cut by a divisor of
+    their rows."""
     chunk = [max(1, n) for n in grid]
     for dim, rows in enumerate(chunk):
         pieces = -(-math.prod(chunk) * x.element_size() // CHUNK_BYTES)
         if pieces > 1:
             whole = grid[dim] == x.shape[dim]
-            fits = (-(-rows // k) for k in range(min(pieces, rows), min(4 * pieces, rows) + 1) if whole or rows % k == 0)
-            chunk[dim] = next(fits, rows)                                # no divisor near: the next dim, rather than tiny chunks
+            fits = (-(-rows // k) for k in range(min(pieces, rows), min(4 * pieces, rows) + 1) if whole
+                    or rows % k == 0)
+            chunk[dim] = next(fits, rows)  # no divisor near: the next dim, rather than tiny chunks
     return tuple(chunk)
 
 
 def _store(folder: Path) -> dict[str, Any]:
     base = {"driver": "file", "path": f"{folder}/"}
-    return {"driver": "ocdbt", "base": {**base, "file_io_locking": {"mode": "non_atomic"}}, "manifest": base, "cache_pool": "cache_pool#ocdbt"}
+    return {"driver": "ocdbt", "base": {**base, "file_io_locking": {"mode": "non_atomic"}}, "manifest": base,
+            "cache_pool": "cache_pool#ocdbt"}
 
 
 def _context() -> Any:
@@ -173,14 +185,16 @@ async def write(folder: Path, rank: int, todo: Iterable[Part]) -> None:
     import tensorstore as ts
     context = _context()
     store = {**_store(folder / f"ocdbt.process_{rank}"), "assume_config": True, "target_data_file_size": FILE_BYTES,
-             "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000, "manifest_kind": "single"}}
+             "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000,
+                        "manifest_kind": "single"}}
 
     async def one(part: Part) -> None:
         metadata = {"shape": part.shape, "data_type": part.values.dtype.name, "chunk_grid": {
             "name": "regular", "configuration": {"chunk_shape": part.chunk}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]}
         array = await ts.open({"driver": "zarr3", "kvstore": {**store, "path": part.name}, "recheck_cached_data": False,
-                               "recheck_cached_metadata": False, "store_data_equal_to_fill_value": True, "metadata": metadata},
+                               "recheck_cached_metadata": False, "store_data_equal_to_fill_value": True,
+                               "metadata": metadata},
                               create=True, open=True, context=context, transaction=transaction)
         if part.values.size:
             here = tuple(slice(o, o + n) for o, n in zip(part.offset, part.values.shape, strict=True))
@@ -195,8 +209,8 @@ async def write(folder: Path, rank: int, todo: Iterable[Part]) -> None:
 async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "") -> None:
     """Fill the leaves, each rank its own part, from the arrays of the same names; all of those under `prefix`.
 
-    Nothing is overwritten unless names, shapes and dtypes agree. Raises ValueError listing what differs, OSError naming the leaf whose
-    bytes are missing or fail their checksum.
+    Nothing is overwritten unless names, shapes and dtypes agree. Raises ValueError listing what differs, OSError naming
+    the leaf whose bytes are missing or fail their checksum.
     """
     import tensorstore as ts
     context = _context()
@@ -208,20 +222,24 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
     if prefix:
         stored = {name for name in stored if name == prefix or name.startswith(f"{prefix}.")}
     if not stored:
-        raise ValueError(f"{folder}: no arrays{f' called {prefix}' if prefix else ''} in it; it is not a checkpoint, or its files are gone")
+        raise ValueError(f"{folder}: no arrays{f' called {prefix}' if prefix else ''} in it; it is not a checkpoint, "
+                         "or its files are gone")
 
     async def look(name: str) -> Any:
         try:
-            return await ts.open({"driver": "zarr3", "kvstore": {**_store(folder), "path": name}, "recheck_cached_data": False,
-                                  "recheck_cached_metadata": False, "fill_missing_data_reads": False}, open=True, read=True, context=context)
+            return await ts.open({"driver": "zarr3", "kvstore": {**_store(folder), "path": name},
+                                  "recheck_cached_data": False, "recheck_cached_metadata": False,
+                                  "fill_missing_data_reads": False}, open=True, read=True, context=context)
         except (ValueError, OSError, RuntimeError) as e:
             raise OSError(f"{folder}: {name} cannot be read: {_short(e)}") from e
     both = [name for name in leaves if name in stored]
     arrays = dict(zip(both, await _all(map(look, both)), strict=True))
     wrong = [f"{n} is {a.dtype.name} {list(a.shape)} in the checkpoint, {dtype_name(x.dtype)} {list(x.shape)} here"
-             for n, a in arrays.items() for x in [leaves[n]] if tuple(a.shape) != tuple(x.shape) or a.dtype.name != dtype_name(x.dtype)]
-    wrong = [*_several("only here", [n for n in leaves if n not in stored]), *_several("only in the checkpoint", sorted(stored - leaves.keys())),
-             *wrong[:5], *[f"and {len(wrong) - 5} more"][:len(wrong) > 5]]
+             for n, a in arrays.items() for x in [leaves[n]] if tuple(a.shape) != tuple(x.shape)
+             or a.dtype.name != dtype_name(x.dtype)]
+    wrong = [*_several("only here", [n for n in leaves if n not in stored]),
+             *_several("only in the checkpoint", sorted(stored - leaves.keys())), *wrong[:5],
+             *[f"and {len(wrong) - 5} more"][:len(wrong) > 5]]
     if wrong:
         raise ValueError(f"{folder}: a checkpoint of another model or optimizer. " + "; ".join(wrong))
     room, waiting = [IN_FLIGHT], asyncio.Condition()
@@ -241,7 +259,8 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
             part = arrays[name][tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
             await ts.array(to_numpy(host), copy=False).write(part.translate_to[(0,) * x.ndim] if x.ndim else part)
         except (ValueError, OSError, RuntimeError) as e:
-            raise OSError(f"{folder}: the values of {name} are damaged or gone; move this checkpoint away to use the one before: {_short(e)}") from e
+            raise OSError(f"{folder}: the values of {name} are damaged or gone; move this checkpoint away to use the "
+                          f"one before: {_short(e)}") from e
         finally:
             async with waiting:
                 room[0] += need
@@ -252,7 +271,8 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
 
 
 def _several(what: str, names: list[str]) -> list[str]:
-    return [f"{what}: " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")] if names else []
+    return [f"{what}: " + ", ".join(names[:5])
+            + (f" and {len(names) - 5} more" if len(names) > 5 else "")] if names else []
 
 
 async def _all(coroutines: Iterable[Any]) -> list[Any]:

@@ -17,9 +17,11 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     model: str
     """Directory in Hugging Face's format to start from, or an id on the hub."""
     data: tuple[str, ...]
-    """Files, folders, globs or hub ids to train on; SOURCE=WEIGHT gives a source that share of the tokens. See docs/data-formats.md."""
+    """Files, folders, globs or hub ids to train on; SOURCE=WEIGHT gives a source that share of the tokens. See
+    docs/data-formats.md."""
     out: str
-    """Directory for what the run leaves: run.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/ and hf/ (the model)."""
+    """Directory for what the run leaves: run.json, metrics.jsonl, loss.png, tensorboard/, checkpoints/ and hf/ (the
+    model)."""
     eval_data: tuple[str, ...] = ()
     """Held-out files."""
     eval_fraction: float = 0.0
@@ -41,26 +43,32 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
     """How AdamW keeps its moments."""
     max_skipped: int = 10
-    """Give up after so many steps in a row with a loss or norm that is not finite or beyond 6 sigma: each is skipped and counted."""
+    """Give up after so many steps in a row with a loss or norm that is not finite or beyond 6 sigma: each is skipped
+    and counted."""
     seed: int = 0
     dtype: Literal["fp32", "bf16", "fp8", "fp64"] = "fp32"
-    """Computation; parameters and reductions are fp32, but for fp64, which is float64 throughout: to tell mistakes from rounding."""
+    """Computation; parameters and reductions are fp32, but for fp64, which is float64 throughout: to tell mistakes from
+    rounding."""
     mesh: str = ""
-    """Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is named)."""
+    """Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is
+    named)."""
     remat: bool = False
     """Recompute each block in backward."""
     lora: int = 0
-    """Freeze the model and train adapters of this rank beside its products; with bf16 the frozen matrices are stored in bf16."""
+    """Freeze the model and train adapters of this rank beside its products; with bf16 the frozen matrices are stored in
+    bf16."""
     lora_alpha: float | None = None
     """Adapters are multiplied by alpha over rank; by default alpha is twice the rank."""
     lora_targets: tuple[str, ...] = ()
-    """Products to adapt, by node or part of its path (q, experts, layers.0.mlp); by default all but vocabulary and routers."""
+    """Products to adapt, by node or part of its path (q, experts, layers.0.mlp); by default all but vocabulary and
+    routers."""
     trust_remote_code: bool = False
     """Run the tokenizer code that the model's directory brings (Kimi K2 has such)."""
     compile: bool = msgspec.field(default_factory=lambda: device.device().type != "cpu")
     """Compile each block."""
     resume: str | None = None
-    """`auto`: go on from the newest checkpoint in --out, if there is one. Or the directory of any checkpoint, like runs/a/checkpoints/100."""
+    """`auto`: go on from the newest checkpoint in --out, if there is one. Or the directory of any checkpoint, like
+    runs/a/checkpoints/100."""
     save_every: int = 0
     """Save a checkpoint every so many steps and at the end, in the background; 0: only when a signal ends the run."""
     keep: int = 3
@@ -100,14 +108,15 @@ class ExpertFlags(Flags, kw_only=True, frozen=True):
     balance: float | None = None
     """What the balancing loss is multiplied by; by default what the config asks for (mostly nothing)."""
     balance_over: Literal["document", "batch", "pack"] = "document"
-    """Experts are to be used evenly within each document, over the whole batch (by the step before), or within each pack."""
+    """Experts are to be used evenly within each document, over the whole batch (by the step before), or within each
+    pack."""
     z_loss: float = 0.0
     """What the routers' z-loss is multiplied by."""
     experts_on: Literal["ep", "sp", "dp"] = "ep"
     """The mesh axis that experts are divided over."""
     expert_rows: int = 0
-    """Room for so many rows a pair of ranks, and --expert-pairs pairs a rank, instead of exactly those that are needed (0): the host waits for
-    nothing, and a step that needs more stops the run, its update withheld."""
+    """Room for so many rows a pair of ranks, and --expert-pairs pairs a rank, instead of exactly those that are needed
+    (0): the host waits for nothing, and a step that needs more stops the run, its update withheld."""
     expert_pairs: int = 0
     overlap: bool = False
     """Micro-batches of two packs, the messages of one under the compute of the other."""
@@ -131,9 +140,11 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
         if getattr(flags, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
     if flags.seq_len < 2 or not 0 <= flags.eval_fraction < 1:
-        raise SystemExit(f"--seq-len {flags.seq_len} --eval-fraction {flags.eval_fraction}: at least 2 tokens, and a fraction in [0, 1)")
+        raise SystemExit(f"--seq-len {flags.seq_len} --eval-fraction {flags.eval_fraction}: at least 2 tokens, and a "
+                         "fraction in [0, 1)")
     if flags.batch_tokens % flags.seq_len:
-        raise SystemExit(f"--batch-tokens {flags.batch_tokens}: must be a multiple of --seq-len {flags.seq_len}, since a micro-batch is one pack")
+        raise SystemExit(f"--batch-tokens {flags.batch_tokens}: must be a multiple of --seq-len {flags.seq_len}, "
+                         "since a micro-batch is one pack")
     try:
         flags = msgspec.structs.replace(flags, model=str(model_path(flags.model)))
     except (ValueError, OSError) as e:

@@ -31,10 +31,11 @@ def start(flags: Flags) -> DeviceMesh | None:
     made = mesh(**sizes)
     packs, ranks = flags.batch_tokens // flags.seq_len, math.prod(sizes.get(axis, 1) for axis in PACK_AXES)
     if packs % ranks:
-        raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which do not divide "
-                         f"over the {ranks} ranks of replicate × dp × ep; change one of them")
+        raise ValueError(f"--batch-tokens {flags.batch_tokens} is {packs} packs of --seq-len {flags.seq_len}, which "
+                         f"do not divide over the {ranks} ranks of replicate × dp × ep; change one of them")
     if packs // ranks % micro_packs(flags):
-        raise ValueError(f"--overlap: a rank has {packs // ranks} packs a step, an odd number; change --batch-tokens or --mesh")
+        raise ValueError(f"--overlap: a rank has {packs // ranks} packs a step, an odd number; change --batch-tokens "
+                         "or --mesh")
     return made
 
 
@@ -62,7 +63,8 @@ def micro_packs(flags: Flags) -> int:
 
 def adapter(flags: Flags) -> Any:
     """The transform that --lora asks for."""
-    return lora(flags.lora, flags.lora_alpha, flags.lora_targets or None, torch.bfloat16 if flags.dtype == "bf16" else None)
+    return lora(flags.lora, flags.lora_alpha, flags.lora_targets or None,
+                torch.bfloat16 if flags.dtype == "bf16" else None)
 
 
 def load(flags: Flags, step: Any, names: Mapping[str, str]) -> tree.Tree:
@@ -81,9 +83,11 @@ def tokenizer(flags: Flags) -> Any:
 def data(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[Loader, Any]:
     """(the loader of training data, held-out data for `eval_batches`); rank 0 says what became of the lines."""
     encoder = Encoder(tokenizer, train_on_everything=flags.train_on_everything, vocab_size=vocab_size)
-    train, held_out = open_data(flags.data, encoder, flags.seq_len, eval_data=flags.eval_data, eval_fraction=flags.eval_fraction, seed=flags.seed,
-                                on_bad=flags.on_bad_line, say=say, folder=flags.cache)
-    return Loader(train, flags.seq_len, flags.batch_tokens // flags.seq_len, flags.seed, group_by_length=flags.group_by_length), held_out
+    train, held_out = open_data(flags.data, encoder, flags.seq_len, eval_data=flags.eval_data,
+                                eval_fraction=flags.eval_fraction, seed=flags.seed, on_bad=flags.on_bad_line, say=say,
+                                folder=flags.cache)
+    return Loader(train, flags.seq_len, flags.batch_tokens // flags.seq_len, flags.seed,
+                  group_by_length=flags.group_by_length), held_out
 
 
 def show(batch: Batch, tokenizer: Any) -> None:
@@ -114,7 +118,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, Overflow) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 1
-    except SystemExit as e:                                          # a signal's, once all is saved; or flags that are wrong
+    except SystemExit as e:  # a signal's, once all is saved; or flags that are wrong
         if not isinstance(e.code, int | None):
             print(e.code, file=sys.stderr, flush=True)
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -122,6 +126,7 @@ def run(main: Callable[[], None]) -> None:
         if code == 0:
             torch.distributed.barrier()
         sys.stdout.flush()
-        os._exit(code)             # gloo's threads may abort an interpreter that takes itself apart (seen once in 8 runs of two ranks)
+        # gloo's threads may abort an interpreter that takes itself apart (seen once in 8 runs of two ranks)
+        os._exit(code)
     if code:
         raise SystemExit(code)

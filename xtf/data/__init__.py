@@ -8,5 +8,6 @@ from xtf.data.mix import Source
 from xtf.data.packing import best_fit, efficiency
 from xtf.data.sources import open_data, parse_sources
 
-__all__ = ["BadLine", "Batch", "Dataset", "Encoder", "Loader", "Sample", "Source", "Stats", "best_fit", "cut", "efficiency", "eval_batches",
-           "open_data", "pack", "pack_rows", "parse_sources", "read_samples", "split_off", "stack", "tokenized"]
+__all__ = ["BadLine", "Batch", "Dataset", "Encoder", "Loader", "Sample", "Source", "Stats", "best_fit", "cut",
+           "efficiency", "eval_batches", "open_data", "pack", "pack_rows", "parse_sources", "read_samples", "split_off",
+           "stack", "tokenized"]

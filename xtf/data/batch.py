@@ -17,9 +17,11 @@ POSITION_AXIS = "sp"                   # ranks that differ in this one hold othe
 
 
 class Sample(NamedTuple):
-    """One document: `ids` int64 [n], and `mask` [n], the weight of the loss on predicting ids[i] from what is before it.
+    """One document: `ids` int64 [n], and `mask` [n], the weight of the loss on predicting ids[i] from what is before
+    it.
 
-    `mask[0]` is never read, since nothing predicts the first token. `source` numbers the conversation that the sample is from (-1: none).
+    `mask[0]` is never read, since nothing predicts the first token. `source` numbers the conversation that the sample
+    is from (-1: none).
     """
     ids: Any
     mask: Any
@@ -30,10 +32,12 @@ class Sample(NamedTuple):
 class Batch:
     """Packs of T positions, each filled with documents and then with padding, which is a document of its own.
 
-    input_ids [P,T] int64. labels [P,T] int64, already shifted: labels[t] is the token after t (0 where the document ends).
+    input_ids [P,T] int64. labels [P,T] int64, already shifted: labels[t] is the token after t (0 where the document
+        ends).
     loss_mask [P,T] float32, 0 at each document's last position. positions [P,T] int64, restarting in each document.
     segments [P,S+1] int32: cumulative document lengths from 0 to T, then T repeated.
-    lengths [P] int64: how many of a pack's positions are text; what follows is padding, which experts never see. By default all are.
+    lengths [P] int64: how many of a pack's positions are text; what follows is padding, which experts never see. By
+        default all are.
 
     On a rank of a mesh with `sp` (`cut`), labels and loss_mask hold that rank's positions only.
     """
@@ -51,9 +55,11 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
-    """One pack (P = 1) of `seq_len` positions from samples that fit into it together; no samples at all make a pack of padding.
+    """One pack (P = 1) of `seq_len` positions from samples that fit into it together; no samples at all make a pack of
+    padding.
 
-    `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can read.
+    `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can
+    read.
 
     Raises ValueError if the samples are too long or too many, or if one is empty or has a mask of another length.
 
@@ -74,21 +80,23 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
     """
     shape = len(rows), seq_len
     input_ids, labels, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    positions, segments = np.tile(np.arange(seq_len), (len(rows), 1)), np.full((len(rows), max_documents + 1), seq_len, np.int32)
+    positions, segments = np.tile(np.arange(seq_len), (len(rows), 1)), np.full((len(rows), max_documents + 1), seq_len,
+                                                                               np.int32)
     lengths = np.zeros(len(rows), np.int64)
     for row, samples in enumerate(rows):
         start = 0
         for i, (ids, mask, *_) in enumerate(samples):
             ids, mask = np.asarray(ids), np.asarray(mask)
             if ids.ndim != 1 or ids.shape != mask.shape or len(ids) == 0:
-                raise ValueError(f"sample {i} of this pack has ids of shape {ids.shape} and a mask of shape {mask.shape}: "
-                                 "both have to be [n] with n of at least 1")
+                raise ValueError(f"sample {i} of this pack has ids of shape {ids.shape} and a mask of shape "
+                                 f"{mask.shape}: both have to be [n] with n of at least 1")
             end = start + len(ids)
             if end > seq_len:
-                raise ValueError(f"samples of {[len(s[0]) for s in samples]} tokens do not fit into a pack of seq_len={seq_len}: "
-                                 "truncate or pack them with best_fit")
+                raise ValueError(f"samples of {[len(s[0]) for s in samples]} tokens do not fit into a pack of "
+                                 f"seq_len={seq_len}: truncate or pack them with best_fit")
             if i + (end < seq_len) >= max_documents:
-                raise ValueError(f"{len(samples)} samples{' and padding' if end < seq_len else ''} exceed max_documents={max_documents}: raise it")
+                raise ValueError(f"{len(samples)} samples{' and padding' if end < seq_len else ''} exceed "
+                                 f"max_documents={max_documents}: raise it")
             segments[row, i] = start
             positions[row, start:end] -= start
             input_ids[row, start:end] = ids
@@ -115,9 +123,9 @@ def stack(packs: Sequence[Batch]) -> Batch:
 def cut(batch: Batch, mesh: DeviceMesh | None) -> Batch:
     """What this rank's loader would give of a whole global batch.
 
-    Packs are dealt to the ranks of `replicate`, `dp` and `ep` (in that order, row-major) as cards are: of R ranks, rank r holds packs r, r + R,
-    r + 2R... (`share` says why). Labels and loss_mask, which the loss reads, are divided over `sp` along positions. Other axes divide
-    nothing: their ranks hold the same. `mesh=None` is one process.
+    Packs are dealt to the ranks of `replicate`, `dp` and `ep` (in that order, row-major) as cards are: of R ranks, rank
+    r holds packs r, r + R, r + 2R... (`share` says why). Labels and loss_mask, which the loss reads, are divided over
+    `sp` along positions. Other axes divide nothing: their ranks hold the same. `mesh=None` is one process.
 
     Raises ValueError if the packs or the positions do not divide.
 
@@ -133,13 +141,16 @@ def cut(batch: Batch, mesh: DeviceMesh | None) -> Batch:
 
 def cut_positions(batch: Batch, columns: slice) -> Batch:
     """The batch with what the loss reads cut to `columns`; the model reads the rest whole and splits it itself."""
-    return replace(batch, labels=batch.labels[:, columns].contiguous(), loss_mask=batch.loss_mask[:, columns].contiguous())
+    return replace(batch, labels=batch.labels[:, columns].contiguous(),
+                   loss_mask=batch.loss_mask[:, columns].contiguous())
 
 
 def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice, slice]:
-    """This rank's packs out of `num_packs` (every R-th, from its own number on) and its positions out of `seq_len` (one stretch).
+    """This rank's packs out of `num_packs` (every R-th, from its own number on) and its positions out of `seq_len` (one
+    stretch).
 
-    The loader sorts a step's packs by cost, so packs dealt in turn cost all ranks the same at each micro-batch, and none waits for another.
+    The loader sorts a step's packs by cost, so packs dealt in turn cost all ranks the same at each micro-batch, and
+    none waits for another.
 
     Raises ValueError, naming the axes, if either does not divide, or if this rank is not in the mesh.
 
@@ -160,9 +171,11 @@ def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice,
             ranks, index = ranks * size, index * size + at
         if total % ranks:
             sizes = ", ".join(f"{axis}={place[axis][0]}" for axis in axes if axis in place)
-            raise ValueError(f"{total} {what} do not divide over the {ranks} ranks of {sizes}: make {what} a multiple of {ranks}")
+            raise ValueError(f"{total} {what} do not divide over the {ranks} ranks of {sizes}: make {what} a multiple "
+                             f"of {ranks}")
         return index, ranks
 
-    (row, rows), (column, columns) = place_in(num_packs, "packs", PACK_AXES), place_in(seq_len, "positions", (POSITION_AXIS,))
+    (row, rows), (column, columns) = place_in(num_packs, "packs", PACK_AXES), place_in(seq_len, "positions",
+                                                                                       (POSITION_AXIS,))
     width = seq_len // columns
     return slice(row, num_packs, rows), slice(column * width, (column + 1) * width)

@@ -1,8 +1,9 @@
 """The cache of tokenised data: built once, by several processes, under a lock; checked whenever it is opened.
 
-A cache is a folder named by a hash of what it was made from: the files, the tokenizer with its template and options, the format's version. It
-appears by one rename, so that it is whole or not there. Files: `tokens` (uint32, bit 31: carries loss), `offsets` (int64),
-`documents` (uint32, the first position that carries loss, bit 31: splittable), `records` (uint32), `meta.json`.
+A cache is a folder named by a hash of what it was made from: the files, the tokenizer with its template and options,
+the format's version. It appears by one rename, so that it is whole or not there. Files: `tokens` (uint32, bit 31:
+carries loss), `offsets` (int64), `documents` (uint32, the first position that carries loss, bit 31: splittable),
+`records` (uint32), `meta.json`.
 """
 import contextlib
 import errno
@@ -36,21 +37,22 @@ FILES = ("tokens", "offsets", "documents", "records")
 CHUNK = 16 << 20                       # bytes of text that a process takes at a time
 BATCH = 1 << 20, 1024                  # bytes and records that go to the tokenizer together
 SEVERAL = 5                            # bad lines that are told
-TRUSTED = 3600.0                       # seconds for which a check of files that have not changed since holds for the next to open them
+TRUSTED = 3600.0  # seconds for which a check of files that have not changed since holds for the next to open them
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Say = Callable[[str], None]
 
 
-def tokenized(data: str | Sequence[str], encoder: Encoder, *, folder: str | Path, on_bad: str = "raise", workers: int | None = None,
-              say: Say = lambda text: None, chunk_bytes: int = CHUNK) -> Dataset:
+def tokenized(data: str | Sequence[str], encoder: Encoder, *, folder: str | Path, on_bad: str = "raise",
+              workers: int | None = None, say: Say = lambda text: None, chunk_bytes: int = CHUNK) -> Dataset:
     """The documents of files, folders, globs or hub ids, tokenised into `folder` if they are not there yet.
 
-    Every process may call it at once: one builds while the others wait on its lock. Building takes memory for a few chunks a worker, whatever the
-    size of the data. `workers` are processes, by default one a core (and no more than there are chunks; with one, this process does
-    it). `say` gets lines about progress.
+    Every process may call it at once: one builds while the others wait on its lock. Building takes memory for a few
+    chunks a worker, whatever the size of the data. `workers` are processes, by default one a core (and no more than
+    there are chunks; with one, this process does it). `say` gets lines about progress.
 
-    Raises BadLine, naming file, line and reason, for the first line that cannot be read if `on_bad` is "raise"; with "skip" bad lines are counted in
-    `.stats`. ValueError or OSError where `data` names nothing, OSError where `folder` cannot be written (what was begun is removed).
+    Raises BadLine, naming file, line and reason, for the first line that cannot be read if `on_bad` is "raise"; with
+    "skip" bad lines are counted in `.stats`. ValueError or OSError where `data` names nothing, OSError where `folder`
+    cannot be written (what was begun is removed).
 
     >>> import pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +87,8 @@ def tokenized(data: str | Sequence[str], encoder: Encoder, *, folder: str | Path
             _build(place, paths, encoder, on_bad, workers or device.processors(), tell, chunk_bytes)
             if _identity(paths) != identity:
                 shutil.rmtree(place)
-                raise ValueError(f"--data {title}: the files changed while they were read; start again when they are complete")
+                raise ValueError(f"--data {title}: the files changed while they were read; start again when they are "
+                                 "complete")
             store = _open(place)
     if store.stats.bad and on_bad == "raise":
         raise store.stats.bad_lines[0]
@@ -141,7 +144,8 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
 
 
 def _unusable(folder: Path, e: OSError) -> OSError:
-    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); make room there, or give another folder (--cache)")
+    return OSError(f"{folder}: tokenised data cannot be kept there ({e}); make room there, or give another folder "
+                   "(--cache)")
 
 
 # -- opening
@@ -166,7 +170,8 @@ def _open(place: Path) -> Store:
     with ThreadPoolExecutor(8) as pool:                              # crc32 and reads let go of the interpreter's lock
         for name, start, found, wanted in pool.map(lambda part: _crc(place, *part), _parts(meta)):
             if found != wanted:
-                raise ValueError(f"{name} is damaged within the bytes from {start:,} on (checksum {found:08x} instead of {wanted:08x})")
+                raise ValueError(f"{name} is damaged within the bytes from {start:,} on (checksum {found:08x} instead "
+                                 f"of {wanted:08x})")
     with contextlib.suppress(OSError):                               # a cache that cannot be written can still be read
         stamp.write_text(json.dumps(stats))
     return Store(place, meta)
@@ -223,11 +228,13 @@ class _Out:
         os.fsync(self.file.fileno())
 
 
-def _build(place: Path, paths: Sequence[Path], encoder: Encoder, on_bad: str, workers: int, say: Say, chunk_bytes: int) -> None:
+def _build(place: Path, paths: Sequence[Path], encoder: Encoder, on_bad: str, workers: int, say: Say,
+           chunk_bytes: int) -> None:
     for stale in place.parent.glob(f"{place.name}.partial-*"):       # of builders that were killed: the lock is ours
         shutil.rmtree(stale, ignore_errors=True)
     chunks = [chunk for path in paths for chunk in split_file(path, chunk_bytes)]
-    workers = 1 if multiprocessing.current_process().daemon else min(workers, len(chunks))     # a daemon may have no children
+    # a daemon may have no children
+    workers = 1 if multiprocessing.current_process().daemon else min(workers, len(chunks))
     begun = told = time.monotonic()
     partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=place.parent))
     out = {name: _Out(partial / name) for name in FILES}
@@ -243,21 +250,25 @@ def _build(place: Path, paths: Sequence[Path], encoder: Encoder, on_bad: str, wo
                 tokens = partial / f"part-{k}"
                 out["tokens"].write(np.fromfile(tokens, np.uint32))
                 tokens.unlink()
-                out["offsets"].write(out["tokens"].size // 4 - int(part.lengths.sum()) + np.cumsum(part.lengths, dtype=np.int64))
+                out["offsets"].write(out["tokens"].size // 4 - int(part.lengths.sum())
+                                     + np.cumsum(part.lengths, dtype=np.int64))
                 out["documents"].write(part.documents)
                 out["records"].write(part.records + np.uint32(num_records))
                 num_records += int(part.records[-1]) + 1 if len(part.records) else 0
                 counted += len(part.lengths)
                 stats = _sum(stats, replace(part.stats, bad_lines=bad[:SEVERAL - len(stats.bad_lines)]))
                 if (now := time.monotonic()) - told > 5 or k + 1 == len(chunks):
-                    say(f"tokenised {k + 1} of {len(chunks)} chunks, {stats.tokens:,} tokens, {stats.tokens / (now - begun):,.0f} tokens/s")
+                    say(f"tokenised {k + 1} of {len(chunks)} chunks, {stats.tokens:,} tokens, "
+                        f"{stats.tokens / (now - begun):,.0f} tokens/s")
                     told = now
         for file in out.values():
             file.sync()
         digest = zlib.crc32(json.dumps([out[name].crcs for name in FILES]).encode())
         written = vars(stats) | {"bad_lines": [[b.file, b.line, b.reason] for b in stats.bad_lines]}
-        meta = {"version": VERSION, "files": [str(p) for p in paths], "fingerprint": encoder.fingerprint, "stats": written, "records": num_records,
-                "data": f"{counted} documents, {stats.tokens} tokens, {digest:08x}", "sizes": {name: out[name].size for name in FILES},
+        meta = {"version": VERSION, "files": [str(p) for p in paths], "fingerprint": encoder.fingerprint,
+                "stats": written, "records": num_records,
+                "data": f"{counted} documents, {stats.tokens} tokens, {digest:08x}",
+                "sizes": {name: out[name].size for name in FILES},
                 "crcs": {name: out[name].crcs for name in FILES}}
         with open(partial / "meta.json", "w") as file:
             json.dump({"meta": meta, "check": _check(meta)}, file)
@@ -283,7 +294,7 @@ def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path, workers
         for k, chunk in enumerate(chunks):
             yield _encode(encoder, chunk, folder / f"part-{k}")
         return
-    context = multiprocessing.get_context("forkserver")              # a fork of this process might hold locks of its threads
+    context = multiprocessing.get_context("forkserver")  # a fork of this process might hold locks of its threads
     context.set_forkserver_preload(["xtf.data.cache"])
     started, done = [], {}
     try:
@@ -296,7 +307,8 @@ def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path, workers
         idle, busy, sent, ahead = [conn for conn, _ in started], set(), 0, 3 * workers
         for k in range(len(chunks)):
             while k not in done:
-                while idle and sent < min(len(chunks), k + ahead):   # a slow chunk must not let results pile up behind it
+                # a slow chunk must not let results pile up behind it
+                while idle and sent < min(len(chunks), k + ahead):
                     busy.add(conn := idle.pop())
                     conn.send((sent, chunks[sent]))
                     sent += 1
@@ -304,11 +316,12 @@ def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path, workers
                     try:
                         number, answer = conn.recv()  # pyright: ignore
                     except (EOFError, ConnectionError) as e:
-                        raise OSError("a process that tokenises died (out of memory? or a script without `if __name__ == \"__main__\":`)") from e
+                        raise OSError("a process that tokenises died (out of memory? or a script without `if __name__ "
+                                      "== \"__main__\":`)") from e
                     done[number] = answer
                     busy.discard(conn)
                     idle.append(conn)
-            if isinstance(done[k], Exception):                       # in its turn: the first of several is told, whoever is faster
+            if isinstance(done[k], Exception):  # in its turn: the first of several is told, whoever is faster
                 raise done[k]
             yield done.pop(k)
     finally:
@@ -320,14 +333,15 @@ def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path, workers
 
 def _serve(conn: Any, encoder: Encoder, folder: str) -> None:
     """A worker: its parent's death closes the pipe, and it ends."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"                   # read by tokenizers: processes are the parallel part here
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read by tokenizers: processes are the parallel part here
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         while True:
             number, chunk = conn.recv()
             try:
                 answer: Any = _encode(encoder, chunk, Path(folder) / f"part-{number}")
             except (ValueError, OSError) as e:
-                answer = ValueError(str(e)) if isinstance(e, ValueError) else e                    # which can be pickled, whatever its arguments
+                # which can be pickled, whatever its arguments
+                answer = ValueError(str(e)) if isinstance(e, ValueError) else e
             conn.send((number, answer))
 
 

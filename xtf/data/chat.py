@@ -1,6 +1,7 @@
 """Records in, tokens with a loss mask out: the loss falls on what inference would have generated.
 
-Formats are in formats.py, templates in template.py. n: tokens of one sample. Positions in rendered text are character offsets.
+Formats are in formats.py, templates in template.py. n: tokens of one sample. Positions in rendered text are character
+offsets.
 """
 import hashlib
 import json
@@ -20,7 +21,7 @@ from xtf.data.formats import Bad, Chat, Text, Tokens, parse, read
 from xtf.data.read import records, split_file
 from xtf.data.template import Template, Turn
 
-RULES = "1"                    # to be raised whenever the same record comes to give other tokens, so that caches are made anew
+RULES = "1"  # to be raised whenever the same record comes to give other tokens, so that caches are made anew
 NOTES = {                      # what is counted in Stats.notes, and how it is said
     "literals": "control tokens written out in messages, read as text",
     "reasoning": "turns whose reasoning the template leaves out",
@@ -34,7 +35,8 @@ class BadLine(ValueError):
     """A line of a data file that cannot be trained on: `file`, `line` (from 1; of Parquet the row) and `reason`."""
 
     def __init__(self, file: str, line: int, reason: str):
-        super().__init__(f'{file}:{line}: {reason} (mend the line, or skip such lines: --on-bad-line skip, on_bad="skip")')
+        super().__init__(f'{file}:{line}: {reason} (mend the line, or skip such lines: --on-bad-line skip, '
+                         'on_bad="skip")')
         self.file, self.line, self.reason = file, line, reason
 
 
@@ -66,14 +68,16 @@ class Stats:
 
 
 class Encoded(NamedTuple):
-    """One sample, whole: `ids` int32 [n], `mask` bool [n] (False first), `splittable`: a text, split where it is long; others are truncated."""
+    """One sample, whole: `ids` int32 [n], `mask` bool [n] (False first), `splittable`: a text, split where it is long;
+    others are truncated."""
     ids: np.ndarray
     mask: np.ndarray
     splittable: bool
 
 
 class _Pieces(NamedTuple):
-    """Tokens of a rendered text: ids, where each starts and ends in it (int64 [n]), and whether it is a control token (bool [n])."""
+    """Tokens of a rendered text: ids, where each starts and ends in it (int64 [n]), and whether it is a control token
+    (bool [n])."""
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
@@ -84,15 +88,15 @@ class _Pieces(NamedTuple):
 class Encoder:
     """Records to samples; picklable, so that other processes can do the work.
 
-    In a conversation the assistant's turns carry loss, up to and including the token that ends the turn: by the template's
-    `{% generation %}` marks if it has them, else by rendering what precedes each turn. A sample holds as many turns as stand in it exactly as when
-    they were generated. Where a template renders a turn differently once others follow (Qwen3 drops earlier reasoning), or tokens
-    run together across the border of prompt and answer, turns become samples of their own. Control tokens that
-    somebody wrote out in a message are read as text.
+    In a conversation the assistant's turns carry loss, up to and including the token that ends the turn: by the
+    template's `{% generation %}` marks if it has them, else by rendering what precedes each turn. A sample holds as
+    many turns as stand in it exactly as when they were generated. Where a template renders a turn differently once
+    others follow (Qwen3 drops earlier reasoning), or tokens run together across the border of prompt and answer, turns
+    become samples of their own. Control tokens that somebody wrote out in a message are read as text.
 
     Args:
-        tokenizer: a fast transformers tokenizer (or what `xtf.data.tokenizer.load` gives), with a chat template if there are conversations; None
-            will do for input_ids.
+        tokenizer: a fast transformers tokenizer (or what `xtf.data.tokenizer.load` gives), with a chat template if
+            there are conversations; None will do for input_ids.
         train_on_everything: every token carries loss, whatever the format.
         vocab_size: the model's, if known: ids beyond it make a record bad.
 
@@ -107,12 +111,14 @@ class Encoder:
     counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     def __call__(self, record: bytes | dict[str, Any]) -> list[Encoded]:
-        """The samples of a raw line or a row. Raises Bad, saying why; ValueError if a conversation meets a tokenizer without template or offsets."""
+        """The samples of a raw line or a row. Raises Bad, saying why; ValueError if a conversation meets a tokenizer
+        without template or offsets."""
         what = read(parse(record) if isinstance(record, bytes) else record)
         if isinstance(what, Text):
             return [self._document(self.tokenizer(what.text, verbose=False)["input_ids"])]
         if isinstance(what, Tokens):
-            mask = np.ones(len(what.ids), bool) if what.labels is None or self.train_on_everything else what.labels != -100
+            mask = np.ones(len(what.ids),
+                           bool) if what.labels is None or self.train_on_everything else what.labels != -100
             return [self._checked(what.ids, mask, what.labels is None)]
         return [self._checked(ids, mask, False) for ids, mask in self._conversation(what)]
 
@@ -143,21 +149,24 @@ class Encoder:
         sha = lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         tokenizer = self.tokenizer
         if getattr(tokenizer, "is_fast", False):
-            core = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}    # those two change as it is used
+            # those two change as it is used
+            core = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
             words = json.dumps([core, self._names, tokenizer.eos_token_id], sort_keys=True, default=str)
         else:
             words = f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items()) if tokenizer else ''}"
-        return {"tokenizer": sha(words), "template": sha(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
+        return {"tokenizer": sha(words),
+                "template": sha(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)),
                 "options": f"rules={RULES} train_on_everything={self.train_on_everything} vocab_size={self.vocab_size}"}
 
-    # ---- all formats --------------------------------------------------------------------------------------------------------------------
+    # ---- all formats -------------------------------------------------------------------------------------------------
 
     def _checked(self, ids: np.ndarray, mask: np.ndarray, splittable: bool) -> Encoded:
         if not len(ids):
             raise Bad("no tokens at all")
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            raise Bad(f"token id {low if low < 0 else high} is outside the vocabulary" + (f" of {self.vocab_size}" if self.vocab_size else ""))
+            raise Bad(f"token id {low if low < 0 else high} is outside the vocabulary"
+                      + (f" of {self.vocab_size}" if self.vocab_size else ""))
         mask[0] = False                                      # nothing predicts the first token
         return Encoded(ids.astype(np.int32, copy=False), mask, splittable)
 
@@ -166,7 +175,7 @@ class Encoder:
         found = np.array(ids if eos is None or ids[-1:] == [eos] else [*ids, eos], np.int32)
         return self._checked(found, np.ones(len(found), bool), True)
 
-    # ---- conversations ------------------------------------------------------------------------------------------------------------------
+    # ---- conversations -----------------------------------------------------------------------------------------------
 
     @cached_property
     def _names(self) -> dict[str, Any]:
@@ -190,14 +199,17 @@ class Encoder:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Control tokens, longest first; tags of reasoning are not: templates look for them in what the assistant says."""
+        """Control tokens, longest first; tags of reasoning are not: templates look for them in what the assistant
+        says."""
         names = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special} - {"<think>", "</think>"}
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     def _template(self, chat: Chat) -> Template:
-        if not getattr(self.tokenizer, "chat_template", None) or not getattr(self.tokenizer, "gives_offsets", self.tokenizer.is_fast):
-            raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast tokenizer) to read conversations: "
-                             "take the model's Instruct tokenizer, set tokenizer.chat_template, or give text")
+        if not getattr(self.tokenizer, "chat_template", None) or not getattr(self.tokenizer, "gives_offsets",
+                                                                             self.tokenizer.is_fast):
+            raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast "
+                             "tokenizer) to read conversations: take the model's Instruct tokenizer, set "
+                             "tokenizer.chat_template, or give text")
         source = self.tokenizer.get_chat_template(tools=chat.tools)
         if source not in self._templates:
             self._templates[source] = Template(source, self._names)
@@ -217,7 +229,7 @@ class Encoder:
             ids = self._encode(whole, between).ids
             out.append((ids, np.full(len(ids), self.train_on_everything)))
         left = turns
-        while left:                                          # each round: all turns that stand in the last one's text as they were generated
+        while left:  # each round: all turns that stand in the last one's text as they were generated
             here = [t for t in left if left[-1].text.startswith(t.text)]
             left = [t for t in left if t not in here]
             out = self._samples(here, between) + out
@@ -225,13 +237,16 @@ class Encoder:
         self.counts["reasoning"] += sum(t.unseen for t in turns)
         self.counts["unmarked"] += sum(not t.spans for t in turns)
         shown = "".join(t.text for t in turns[:-1]) + whole if len(turns) > 1 else whole
-        self.counts["messages"] += sum(m["role"] in ("system", "developer", "user") and m["content"].strip() not in shown
-                                       for m in (chat.messages[:1 + max(i for i, on in enumerate(chat.loss) if on)] if turns else chat.messages))
+        self.counts["messages"] += sum(m["role"] in ("system", "developer", "user")
+                                       and m["content"].strip() not in shown
+                                       for m in (chat.messages[:1 + max(i for i, on in enumerate(chat.loss) if on)]
+                                                 if turns else chat.messages))
         self.counts["tools"] += bool(chat.tools) and not all(_tool_name(t) in whole for t in chat.tools)
         return out
 
     def _literals(self, chat: Chat) -> tuple[Chat, int, re.Pattern[str] | None]:
-        """The conversation with control tokens in its strings set between marks, their number, and the pattern that finds them again."""
+        """The conversation with control tokens in its strings set between marks, their number, and the pattern that
+        finds them again."""
         found, start, end = 0, "", ""
 
         def mark(value: Any) -> Any:
@@ -254,7 +269,8 @@ class Encoder:
         return marked, number, re.compile(f"{start}([^{start}{end}]*){end}")
 
     def _samples(self, turns: list[Turn], between: re.Pattern[str] | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One sample of turns in one text, and one of each turn that would be tokenised differently there than when it was generated."""
+        """One sample of turns in one text, and one of each turn that would be tokenised differently there than when it
+        was generated."""
         text = turns[-1].text
         whole = self._encode(text, between)
         mask, out = np.zeros(len(whole.ids), bool), []
@@ -262,20 +278,22 @@ class Encoder:
             if self._exact(whole, turn, between):
                 self._mark(mask, whole, turn)
             else:
-                halves = self._encode(turn.text[:turn.start], between), self._encode(turn.text[turn.start:], between, turn.start)
+                halves = self._encode(turn.text[:turn.start], between), self._encode(turn.text[turn.start:], between,
+                                                                                     turn.start)
                 alone = _joined(list(halves))
                 out.append((alone.ids, np.zeros(len(alone.ids), bool)))
                 self._mark(out[-1][1], alone, turn)
         out += [(whole.ids, mask)] if mask.any() or not out else []
         ends = [1 + max(np.flatnonzero(mask), default=len(ids) - 1) for ids, mask in out]
-        return [(ids[:end], mask[:end]) for (ids, mask), end in zip(out, ends, strict=True)]    # nothing after the last that is trained
+        # nothing after the last that is trained
+        return [(ids[:end], mask[:end]) for (ids, mask), end in zip(out, ends, strict=True)]
 
     def _exact(self, whole: _Pieces, turn: Turn, between: re.Pattern[str] | None) -> bool:
         """Whether the prompt is tokenised here as it is by itself, and the turn ends where a token ends."""
         first, last = np.searchsorted(whole.starts, (turn.start, len(turn.text)))
         if (first and whole.ends[first - 1] > turn.start) or (last and whole.ends[last - 1] > len(turn.text)):
             return False
-        cuts = np.flatnonzero(whole.special[:first])         # nothing before a control token has a say in the tokens after it
+        cuts = np.flatnonzero(whole.special[:first])  # nothing before a control token has a say in the tokens after it
         at = cuts[-1] if len(cuts) else 0
         end = turn.text[whole.starts[at] if at else 0:turn.start]
         if end not in self._prompts:
@@ -292,14 +310,16 @@ class Encoder:
             first, last = np.searchsorted(tokens.starts, (start, end))
             ends = np.flatnonzero(tokens.special[first:last])
             if len(ends) and not turn.text[tokens.ends[first + ends[-1]]:end].strip():
-                last = first + ends[-1] + 1                  # what remains is the template's own white space after the end of the turn
+                last = first + ends[-1] + 1  # what remains is the template's own white space after the end of the turn
             mask[first:last] = True
 
     def _encode(self, text: str, between: re.Pattern[str] | None, at: int = 0) -> _Pieces:
-        """Tokens of rendered text that stands at offset `at` of its sample: what is between marks as plain text, the rest with control tokens."""
+        """Tokens of rendered text that stands at offset `at` of its sample: what is between marks as plain text, the
+        rest with control tokens."""
         pieces = between.split(text) if between else [text]
         marks = (between.pattern[0], between.pattern[-1]) if between else ()
-        if any(mark in piece for piece in pieces for mark in marks) or any(f"\\u{ord(mark):04x}" in text for mark in marks):
+        if any(mark in piece for piece in pieces for mark in marks) or any(f"\\u{ord(mark):04x}" in text
+                                                                           for mark in marks):
             raise Bad("the chat template takes control tokens in messages apart, so they cannot be told from its own")
         out, position = [], at
         for k, piece in enumerate(pieces):
@@ -310,9 +330,11 @@ class Encoder:
         return _joined(out)
 
     def _piece(self, text: str, position: int, literal: bool) -> _Pieces:
-        """Tokens of one piece. After the first, a line feed stands before it as it is tokenised: SentencePiece adds a space to what begins a text."""
+        """Tokens of one piece. After the first, a line feed stands before it as it is tokenised: SentencePiece adds a
+        space to what begins a text."""
         options: dict[str, Any] = {"split_special_tokens": True} if literal else {}
-        options |= {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False, "verbose": False}
+        options |= {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False,
+                    "verbose": False}
         tokenize = lambda text: self.tokenizer(text, **options)
         before = len(self._newline) if position else 0
         out = tokenize("\n" + text if before else text)
@@ -321,10 +343,12 @@ class Encoder:
         shift = position - bool(before)
         ids = np.array(out["input_ids"], np.int32)[before:]
         starts, ends = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)[before:].T + shift
-        starts[1:] = np.minimum(starts[1:], ends[:-1])       # some tokenizers leave a token's leading spaces out of its offsets
+        # some tokenizers leave a token's leading spaces out of its offsets
+        starts[1:] = np.minimum(starts[1:], ends[:-1])
         special = np.zeros(len(ids), bool) if literal else np.isin(ids, self._special)
         if literal and np.isin(ids, self._special).any():
-            raise Bad(f"the control token {text!r} is written out in a message, and the tokenizer knows no way to read it as text")
+            raise Bad(f"the control token {text!r} is written out in a message, and the tokenizer knows no way to "
+                      "read it as text")
         return _Pieces(ids, starts, ends, special)
 
 
@@ -342,9 +366,11 @@ def _joined(pieces: list[_Pieces]) -> _Pieces:
     return _Pieces(*(np.concatenate(parts) for parts in zip(*pieces, strict=True))) if pieces else _Pieces(empty, empty, empty, empty.astype(bool))
 
 
-def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: Any, seq_len: int, *, train_on_everything: bool = False,
-                 on_bad: str = "raise", vocab_size: int | None = None) -> tuple[list[Sample], Stats]:
-    """The samples of one or several JSONL or Parquet files, all in memory, and what was dropped on the way; see Encoder.
+def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: Any, seq_len: int, *,
+                 train_on_everything: bool = False, on_bad: str = "raise",
+                 vocab_size: int | None = None) -> tuple[list[Sample], Stats]:
+    """The samples of one or several JSONL or Parquet files, all in memory, and what was dropped on the way; see
+    Encoder.
 
     Samples hold ids int64 [n] and mask bool [n], 2 <= n <= seq_len. Longer ones keep their first seq_len tokens.
 
@@ -352,7 +378,8 @@ def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: An
         tokenizer, train_on_everything, vocab_size: as for Encoder.
         on_bad: "raise" stops at the first bad line; "skip" counts and reports it in the stats.
 
-    Raises BadLine, naming file, line and reason; ValueError if a conversation meets a tokenizer without template or offsets.
+    Raises BadLine, naming file, line and reason; ValueError if a conversation meets a tokenizer without template or
+    offsets.
 
     >>> import pathlib, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

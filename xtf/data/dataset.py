@@ -1,7 +1,8 @@
 """Tokenised documents in memory-mapped files, read as samples of at most seq_len tokens.
 
-Whole documents are stored. Text that is longer is split where it is read, and conversations cut off, so that one cache serves every
-seq_len. Neither memory nor the time to look at a window of samples grows with the number of documents (but for 8 bytes a block of 64).
+Whole documents are stored. Text that is longer is split where it is read, and conversations cut off, so that one cache
+serves every seq_len. Neither memory nor the time to look at a window of samples grows with the number of documents (but
+for 8 bytes a block of 64).
 
 N: documents, K: samples asked for. A *record* is what one line or row gave: one document or several.
 """
@@ -23,7 +24,8 @@ SPLITTABLE = np.uint32(1 << 31)        # of a document, beside the position of i
 STRIDE = 128                           # samples that are looked up at once
 BLOCK = 64                             # documents are counted in blocks of so many
 FORGET = 64 << 20                      # when so many bytes may have been mapped, their pages are given back
-AROUND = 1 << 19                       # of that, what the kernel maps where one byte is read: its neighbours in the file's cache, 0.4 MB as measured
+# of that, what the kernel maps where one byte is read: its neighbours in the file's cache, 0.4 MB as measured
+AROUND = 1 << 19
 
 
 class Store:
@@ -32,10 +34,11 @@ class Store:
     def __init__(self, folder: Path, meta: dict[str, Any]):
         self.meta, self._maps, self._read = meta, [], 0
         said = meta["stats"]
-        self.stats = Stats(**{**said, "notes": Counter(said["notes"]), "bad_lines": [BadLine(*b) for b in said["bad_lines"]]})
+        self.stats = Stats(**{**said, "notes": Counter(said["notes"]),
+                              "bad_lines": [BadLine(*b) for b in said["bad_lines"]]})
         self.tokens = self._map(folder / "tokens", np.uint32)
         for m in self._maps:
-            m.madvise(mmap.MADV_RANDOM)                              # samples lie anywhere: what is around one would be read for nothing
+            m.madvise(mmap.MADV_RANDOM)  # samples lie anywhere: what is around one would be read for nothing
         self.offsets = self._map(folder / "offsets", np.int64)
         self.documents = self._map(folder / "documents", np.uint32)
         self.records = self._map(folder / "records", np.uint32)
@@ -55,7 +58,8 @@ class Store:
         return self.tokens[start:start + length]
 
     def touched(self, places: int, nbytes: int) -> None:
-        """Count what was read, and now and then let the kernel have the pages back: it keeps them as a file's cache, which is not this process's."""
+        """Count what was read, and now and then let the kernel have the pages back: it keeps them as a file's cache,
+        which is not this process's."""
         self._read += places * AROUND + nbytes
         if self._read > FORGET:
             self.forget()
@@ -74,11 +78,13 @@ class _Part(NamedTuple):
 
 
 class Dataset:
-    """The samples of a cache: `len`, `[i]` as `Sample(ids int64 [n], mask bool [n], record)`, in the order of the files.
+    """The samples of a cache: `len`, `[i]` as `Sample(ids int64 [n], mask bool [n], record)`, in the order of the
+    files.
 
-    `at(seq_len)` are the same documents as samples of at most seq_len tokens, 2 <= n. Text is split with one token of overlap, so that each token but
-    a document's first is predicted exactly once. Conversations keep their first seq_len tokens, and are left out where none of those carries loss.
-    Without it, samples are whole documents. Made by `xtf.data.tokenized`.
+    `at(seq_len)` are the same documents as samples of at most seq_len tokens, 2 <= n. Text is split with one token of
+    overlap, so that each token but a document's first is predicted exactly once. Conversations keep their first seq_len
+    tokens, and are left out where none of those carries loss. Without it, samples are whole documents. Made by
+    `xtf.data.tokenized`.
     """
 
     def __init__(self, store: Store, seq_len: int | None = None, part: _Part | None = None):
@@ -87,7 +93,8 @@ class Dataset:
         self._limit = (1 << 62) if seq_len is None else seq_len
 
     def at(self, seq_len: int) -> "Dataset":
-        """The same documents as samples of at most `seq_len` tokens. Raises ValueError below 2, since predicting a token takes two."""
+        """The same documents as samples of at most `seq_len` tokens. Raises ValueError below 2, since predicting a
+        token takes two."""
         if seq_len < 2:
             raise ValueError(f"seq_len={seq_len}: predicting a token takes at least 2")
         return self if seq_len == self.seq_len else Dataset(self.store, seq_len, self.part)
@@ -112,7 +119,7 @@ class Dataset:
         """The sample that begins at a token of the store."""
         raw = self.store.read(start, length)
         mask = raw >= CARRIES_LOSS
-        mask[:1] = False                                             # predicted where the piece before ends, if anywhere
+        mask[:1] = False  # predicted where the piece before ends, if anywhere
         return Sample((raw & ~CARRIES_LOSS).astype(np.int64), mask, record)
 
     def spans(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,9 +141,11 @@ class Dataset:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What the samples are made of, by name: the data, and the tokenizer, template and options that they were read with."""
+        """What the samples are made of, by name: the data, and the tokenizer, template and options that they were read
+        with."""
         part, meta = self.part, self.store.meta
-        side = {"split": f"{'held out' if part.held_out else 'rest'}, {part.count} records, seed {part.seed}"} if part else {}
+        side = {"split":
+                f"{'held out' if part.held_out else 'rest'}, {part.count} records, seed {part.seed}"} if part else {}
         return {"data": meta["data"], **meta["fingerprint"], **side}
 
     @cached_property
@@ -145,13 +154,15 @@ class Dataset:
         if self.part is not None:
             return Dataset(self.store, self.seq_len).stats
         made, t = self.store.stats, self._totals
-        return replace(made, samples=len(self), tokens=t["tokens"] - t["overlap"], truncated=t["truncated"], tokens_dropped=t["dropped"],
-                       loss_tokens=made.loss_tokens - t["loss_dropped"], without_loss=made.without_loss + t["without_loss"])
+        return replace(made, samples=len(self), tokens=t["tokens"] - t["overlap"], truncated=t["truncated"],
+                       tokens_dropped=t["dropped"], loss_tokens=made.loss_tokens - t["loss_dropped"],
+                       without_loss=made.without_loss + t["without_loss"])
 
     # -- documents to samples
 
     def _counts(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(samples that each document gives, its tokens), in the shape of `documents`, whose numbers may lie beyond the last."""
+        """(samples that each document gives, its tokens), in the shape of `documents`, whose numbers may lie beyond the
+        last."""
         store, last = self.store, len(self.store.documents) - 1
         real, documents = documents <= last, np.minimum(documents, last)
         n, about = store.offsets[documents + 1] - store.offsets[documents], store.documents[documents]
@@ -189,7 +200,8 @@ class Dataset:
             totals["tokens"] += int(n[count > 0].sum() + overlap.sum() - (n - self._limit)[cut].sum())
             totals["without_loss"] += int((long & (count == 0)).sum())
             if self.part is None:
-                for start, end in zip(store.offsets[documents[long]] + self._limit, store.offsets[documents[long] + 1], strict=True):
+                for start, end in zip(store.offsets[documents[long]] + self._limit, store.offsets[documents[long] + 1],
+                                      strict=True):
                     totals["loss_dropped"] += int((store.read(int(start), int(end - start)) >= CARRIES_LOSS).sum())
         return np.cumsum(np.concatenate(counts)), totals
 

@@ -9,7 +9,8 @@
 | `text` | text |
 | `input_ids`, `labels` | token ids |
 
-A record that has several of the first four, or one of them and `text`, is read as the first in this order; other keys are ignored.
+A record that has several of the first four, or one of them and `text`, is read as the first in this order; other keys
+are ignored.
 """
 import json
 from collections.abc import Callable
@@ -19,13 +20,15 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-                          "observation": "tool", "function_response": "tool", "function_call": "call"}
+ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
+         "function": "tool"}
+SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+                          "model": "assistant", "observation": "tool", "function_response": "tool",
+                          "function_call": "call"}
 REASONING = ("reasoning_content", "thinking", "reasoning")
 MEDIA = ("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio")
-RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
-            "return_assistant_tokens_mask"}
+RESERVED = {"messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+            "continue_final_message", "return_assistant_tokens_mask"}
 
 
 class Bad(Exception):
@@ -34,9 +37,11 @@ class Bad(Exception):
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: `messages` of role, content, reasoning_content, tool_calls; `loss[i]`: whether messages[i], an assistant's, is to be trained.
+    """A conversation: `messages` of role, content, reasoning_content, tool_calls; `loss[i]`: whether messages[i], an
+    assistant's, is to be trained.
 
-    A message's reasoning stands under both names that templates read, `reasoning_content` and `thinking`; arguments of tool calls are objects.
+    A message's reasoning stands under both names that templates read, `reasoning_content` and `thinking`; arguments of
+    tool calls are objects.
     """
     messages: list[dict[str, Any]]
     loss: list[bool]
@@ -50,7 +55,8 @@ class Text(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Ids int64 [n], and labels int64 [n] or None: -100 where a token carries no loss, else the id itself (not shifted)."""
+    """Ids int64 [n], and labels int64 [n] or None: -100 where a token carries no loss, else the id itself (not
+    shifted)."""
     ids: np.ndarray
     labels: np.ndarray | None
 
@@ -58,7 +64,8 @@ class Tokens(NamedTuple):
 def parse(line: bytes) -> dict[str, Any]:
     """The JSON object of one line of UTF-8, with or without byte order mark.
 
-    NaN and Infinity are read, as Python writes them. Raises Bad, saying why, for whatever is not such an object, and for lone surrogates.
+    NaN and Infinity are read, as Python writes them. Raises Bad, saying why, for whatever is not such an object, and
+    for lone surrogates.
 
     >>> parse(b'{"text": "a"}')
     {'text': 'a'}
@@ -82,7 +89,8 @@ def _parse_slowly(line: bytes) -> Any:
         raise Bad("empty line")
     try:
         record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()      # JSON can spell half a UTF-16 pair, which no tokenizer can read
+        # JSON can spell half a UTF-16 pair, which no tokenizer can read
+        json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         raise Bad(f"a lone surrogate {e.object[e.start]!a} in the text") from e
     except (ValueError, RecursionError) as e:
@@ -155,18 +163,21 @@ def _integers(record: dict[str, Any], key: str) -> np.ndarray:
 def _alpaca(record: dict[str, Any]) -> Chat:
     turns = [{"role": "system", "content": system}] if (system := _string(record, "system", "")) else []
     history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 and all(isinstance(x, str) for x in h) for h in history):
+    if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2
+                                                and all(isinstance(x, str) for x in h) for h in history):
         raise Bad("history is not a list of pairs of strings")
     for question, answer in history:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     asked = [part for part in (_string(record, "instruction", ""), _string(record, "input", "")) if part]
     if not asked:
         raise Bad("instruction and input are empty")
-    return _chat([*turns, {"role": "user", "content": "\n".join(asked)}, {"role": "assistant", "content": _string(record, "output")}], record)
+    return _chat([*turns, {"role": "user", "content": "\n".join(asked)},
+                  {"role": "assistant", "content": _string(record, "output")}], record)
 
 
 def _question(record: dict[str, Any]) -> Chat:
-    return _chat([{"role": "user", "content": _string(record, "question")}, {"role": "assistant", "content": _string(record, "answer")}], record)
+    return _chat([{"role": "user", "content": _string(record, "question")},
+                  {"role": "assistant", "content": _string(record, "answer")}], record)
 
 
 def _sharegpt(record: dict[str, Any]) -> Chat:
@@ -181,7 +192,8 @@ def _sharegpt(record: dict[str, Any]) -> Chat:
         if not isinstance(role, str) or role not in SHAREGPT_ROLES:
             raise Bad(f"conversations[{i}] is from the unknown role {role!r}: known are {', '.join(SHAREGPT_ROLES)}")
         content = turn.get("value", turn.get("content"))
-        message: dict[str, Any] = {k: v for k, v in turn.items() if k not in ("from", "value")} | {"role": SHAREGPT_ROLES[role], "content": content}
+        message: dict[str, Any] = {k: v for k, v in turn.items()
+                                   if k not in ("from", "value")} | {"role": SHAREGPT_ROLES[role], "content": content}
         if message["role"] == "call":
             message |= {"role": "assistant", "content": None, "tool_calls": _calls_of(content, f"conversations[{i}]")}
         messages.append(message)
@@ -204,7 +216,8 @@ def _openai(record: dict[str, Any]) -> Chat:
     return _chat(messages, record)
 
 
-def _chat(messages: list[Any], record: dict[str, Any], name: str = "messages", content: str = "content", before: int = 0) -> Chat:
+def _chat(messages: list[Any], record: dict[str, Any], name: str = "messages", content: str = "content",
+          before: int = 0) -> Chat:
     """The messages checked; `before` of them are not the record's own."""
     pairs = [_message(m, f"{name}[{i - before}]", content) for i, m in enumerate(messages)]
     tools, options = record.get("tools"), record.get("chat_template_kwargs")
@@ -229,7 +242,8 @@ def _message(m: Any, where: str, content_key: str) -> tuple[dict[str, Any], bool
     role = m.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise Bad(f"{where} has the unknown role {role!r}: known are {', '.join(ROLES)}")
-    kept = {k: v for k, v in m.items() if v is not None and k not in ("loss", "weight", "function_call", "tool_calls", *REASONING)}
+    kept = {k: v for k, v in m.items() if v is not None
+            and k not in ("loss", "weight", "function_call", "tool_calls", *REASONING)}
     out: dict[str, Any] = kept | {"role": ROLES[role], "content": _content(m, where, content_key)}
     if role == "assistant":
         calls = m.get("tool_calls") or ([m["function_call"]] if m.get("function_call") else [])
@@ -285,7 +299,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _loss(m: dict[str, Any], where: str) -> bool:
-    """The message's own say: `loss` (true, false) or OpenAI's `weight` (0, 1); without, an assistant's message carries loss."""
+    """The message's own say: `loss` (true, false) or OpenAI's `weight` (0, 1); without, an assistant's message carries
+    loss."""
     said = {}
     for key in ("loss", "weight"):
         if (value := m.get(key)) is not None:
@@ -296,10 +311,12 @@ def _loss(m: dict[str, Any], where: str) -> bool:
         raise Bad(f"{where} has loss and weight, which contradict each other")
     if m["role"] != "assistant":
         if said.get("loss"):
-            raise Bad(f"{where}.loss is true, but only the assistant's messages can carry loss (train_on_everything trains on all)")
+            raise Bad(f"{where}.loss is true, but only the assistant's messages can carry loss (train_on_everything "
+                      "trains on all)")
         return False
     return all(said.values())
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Chat | Text | Tokens]] = {
-    "messages": _openai, "conversations": _sharegpt, "instruction": _alpaca, "question": _question, "text": _text, "input_ids": _tokens}
+    "messages": _openai, "conversations": _sharegpt, "instruction": _alpaca, "question": _question, "text": _text,
+    "input_ids": _tokens}

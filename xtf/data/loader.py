@@ -1,7 +1,9 @@
-"""From samples to the batch of each step, in an order that is a pure function of (samples, seed, epoch) and in which no mesh appears.
+"""From samples to the batch of each step, in an order that is a pure function of (samples, seed, epoch) and in which no
+mesh appears.
 
-Windows of samples are drawn (`mix`), packed, and their packs shuffled (best-fit puts the longest samples first). Steps take packs off the
-endless row of windows; within a step, packs stand by cost; a rank materialises its own share of them only.
+Windows of samples are drawn (`mix`), packed, and their packs shuffled (best-fit puts the longest samples first). Steps
+take packs off the endless row of windows; within a step, packs stand by cost; a rank materialises its own share of them
+only.
 """
 import itertools
 import threading
@@ -26,19 +28,22 @@ WINDOW = (4096, 1 << 16)               # ... but are at least and at most so man
 
 
 def default_max_documents(seq_len: int) -> int:
-    """The static number of documents of a pack when nobody says otherwise: room for samples of 16 tokens on average, and for 16 at least."""
+    """The static number of documents of a pack when nobody says otherwise: room for samples of 16 tokens on average,
+    and for 16 at least."""
     return max(16, seq_len // 16)
 
 
 class Listed:
-    """A list of samples with the face of a `Dataset`: `spans` says where samples start (their number in the list) and how long they are."""
+    """A list of samples with the face of a `Dataset`: `spans` says where samples start (their number in the list) and
+    how long they are."""
 
     def __init__(self, samples: Sequence[Sample], seq_len: int):
         self.samples, self.lengths = samples, np.array([len(s[0]) for s in samples], np.int64)
         self.tokens = int(self.lengths.sum())
         wrong = np.flatnonzero((self.lengths < 1) | (self.lengths > seq_len))
         if len(wrong):
-            raise ValueError(f"sample {wrong[0]} has {self.lengths[wrong[0]]} tokens, outside 1..seq_len={seq_len}: truncate or split it first")
+            raise ValueError(f"sample {wrong[0]} has {self.lengths[wrong[0]]} tokens, outside 1..seq_len={seq_len}: "
+                             "truncate or split it first")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -53,7 +58,8 @@ class Listed:
     def fingerprint(self) -> dict[str, str]:
         check = 0
         for ids, mask, *_ in self.samples:
-            check = zlib.crc32(np.asarray(mask, np.float32).tobytes(), zlib.crc32(np.asarray(ids, np.int64).tobytes(), check))
+            check = zlib.crc32(np.asarray(mask, np.float32).tobytes(),
+                               zlib.crc32(np.asarray(ids, np.int64).tobytes(), check))
         return {"data": f"{len(self.samples)} samples {check:08x}"}
 
 
@@ -71,13 +77,15 @@ class _Packed(NamedTuple):
 
 
 class Loader:
-    """Endless batches of `packs_per_step` packs (over all ranks), reshuffled each epoch; the same global batches on any mesh.
+    """Endless batches of `packs_per_step` packs (over all ranks), reshuffled each epoch; the same global batches on any
+    mesh.
 
-    `samples` is a list of `Sample`, a `Dataset`, or a list of `Source`, each with its share of the tokens; an epoch of several sources is one
-    pass over the one that lasts longest. `step(i, mesh)` is a function of i: it may be asked for in any order (from several threads), cheapest
-    in ascending. A step's packs are sorted by their cost in attention (the sum of squared lengths) and dealt to the ranks in turn.
-    With `group_by_length` packs of like cost come in one step (the steps of a window in random order). `max_documents` is the static S of
-    `Batch`; `window` is how many samples are looked at ahead, by default what fills about a thousand packs.
+    `samples` is a list of `Sample`, a `Dataset`, or a list of `Source`, each with its share of the tokens; an epoch of
+    several sources is one pass over the one that lasts longest. `step(i, mesh)` is a function of i: it may be asked for
+    in any order (from several threads), cheapest in ascending. A step's packs are sorted by their cost in attention
+    (the sum of squared lengths) and dealt to the ranks in turn. With `group_by_length` packs of like cost come in one
+    step (the steps of a window in random order). `max_documents` is the static S of `Batch`; `window` is how many
+    samples are looked at ahead, by default what fills about a thousand packs.
 
     Raises ValueError if there is no sample, a sample is longer than seq_len, or `packs_per_step` is below 1.
 
@@ -88,22 +96,24 @@ class Loader:
     {'step': 1, 'epoch': 2, 'position': 0, 'sources': [[2, 0, 6]]}
     """
 
-    def __init__(self, samples: Any, seq_len: int, packs_per_step: int, seed: int = 0, *, max_documents: int | None = None,
-                 window: int | None = None, group_by_length: bool = False):
+    def __init__(self, samples: Any, seq_len: int, packs_per_step: int, seed: int = 0, *,
+                 max_documents: int | None = None, window: int | None = None, group_by_length: bool = False):
         if packs_per_step < 1:
-            raise ValueError(f"packs_per_step={packs_per_step}: a step takes at least one pack (batch tokens below seq_len={seq_len}?)")
+            raise ValueError(f"packs_per_step={packs_per_step}: a step takes at least one pack (batch tokens below "
+                             f"seq_len={seq_len}?)")
         self.data = sources_of(samples, seq_len)
         for source in self.data:
             if not len(source.data):
-                raise ValueError(f"no samples to train on{' in ' + source.name if source.name else ''}: every line was empty, skipped or "
-                                 f"without a token that carries loss (within seq_len={seq_len}, where conversations are cut off)")
+                raise ValueError(f"no samples to train on{' in ' + source.name if source.name else ''}: every line "
+                                 f"was empty, skipped or without a token that carries loss (within seq_len={seq_len}, "
+                                 "where conversations are cut off)")
             if not source.weight > 0:
                 raise ValueError(f"the weight {source.weight} of {source.name} is not above 0: leave the source out")
         self.seq_len, self.packs_per_step, self.seed, self.group_by_length = seq_len, packs_per_step, seed, group_by_length
         self.max_documents = max_documents or default_max_documents(seq_len)
         mean = max(1, sum(s.data.tokens for s in self.data) // sum(len(s.data) for s in self.data))
         self.window = window or int(np.clip(WINDOW_PACKS * seq_len // mean, *WINDOW))
-        self._firsts = [0]                                           # the first pack of each window, in the row of all, as far as known
+        self._firsts = [0]  # the first pack of each window, in the row of all, as far as known
         self._states = {0: tuple(Progress() for _ in self.data)}     # and how far the sources had come before it
         self._recent: dict[int, _Packed] = {}                        # the windows last asked for, by first pack
         self._lock = threading.Lock()
@@ -116,13 +126,16 @@ class Loader:
         self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def step(self, i: int, mesh: DeviceMesh | None = None) -> Batch:
-        """This rank's part of step i's global batch: equal to `cut(step(i), mesh)`. Raises ValueError where `cut` does."""
+        """This rank's part of step i's global batch: equal to `cut(step(i), mesh)`. Raises ValueError where `cut`
+        does."""
         rows, columns = share(self.packs_per_step, self.seq_len, mesh)
-        packs = [[self.data[w.source[k]].data.read(int(w.start[k]), int(w.length[k])) for k in places] for w, places in self._packs(i)[rows]]
+        packs = [[self.data[w.source[k]].data.read(int(w.start[k]), int(w.length[k])) for k in places]
+                 for w, places in self._packs(i)[rows]]
         return cut_positions(pack_rows(packs, self.seq_len, self.max_documents), columns)
 
     def stream(self, start: int = 0, mesh: DeviceMesh | None = None, depth: int = 2) -> Iterator[Batch]:
-        """The endless steps from `start` on, made in a background thread up to `depth` ahead; in pinned memory where there is an accelerator.
+        """The endless steps from `start` on, made in a background thread up to `depth` ahead; in pinned memory where
+        there is an accelerator.
 
         Close it (or drop it) to end the thread. What goes wrong in the thread is raised here.
 
@@ -133,7 +146,8 @@ class Loader:
         return prefetch(partial(pinned, make, accelerator_index()), depth)
 
     def documents(self, i: int) -> list[int]:
-        """The lengths of the samples in step i's global batch: what throughput and FLOPs are counted from, padding left out."""
+        """The lengths of the samples in step i's global batch: what throughput and FLOPs are counted from, padding left
+        out."""
         return [int(w.length[k]) for w, places in self._packs(i) for k in places]
 
     def sources(self, i: int) -> dict[str, int]:
@@ -145,10 +159,11 @@ class Loader:
         return dict(count) if len(self.data) > 1 else {}
 
     def cursor(self, i: int) -> dict[str, Any]:
-        """Where step i begins, as plain values for a checkpoint: `seek` goes on from there, on any mesh, without packing what came before.
+        """Where step i begins, as plain values for a checkpoint: `seek` goes on from there, on any mesh, without
+        packing what came before.
 
-        `sources` are (epoch, samples of it taken, tokens taken) of each source where the window of the step's first pack begins, `position` is that
-        pack's place in it; `fingerprint` is what the order depends on.
+        `sources` are (epoch, samples of it taken, tokens taken) of each source where the window of the step's first
+        pack begins, `position` is that pack's place in it; `fingerprint` is what the order depends on.
         """
         with self._lock:
             first, _ = self._window_at(i * self.packs_per_step)
@@ -157,12 +172,14 @@ class Loader:
                 "sources": [list(s) for s in state], "fingerprint": self.fingerprint}
 
     def seek(self, cursor: dict[str, Any]) -> None:
-        """Go on where a saved cursor stands. Raises ValueError, naming what differs, if it was saved with other data or other options."""
+        """Go on where a saved cursor stands. Raises ValueError, naming what differs, if it was saved with other data or
+        other options."""
         theirs, ours = dict(cursor["fingerprint"]), self.fingerprint
-        changed = [f"{k} ({theirs.get(k, 'none')} then, {ours.get(k, 'none')} now)" for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+        changed = [f"{k} ({theirs.get(k, 'none')} then, {ours.get(k, 'none')} now)" for k in {**theirs, **ours}
+                   if theirs.get(k) != ours.get(k)]
         if changed:
-            raise ValueError(f"the order of the data is not that of the run to resume: changed {'; '.join(changed)}. Go on with what it was, or "
-                             "start from that run's parameters in a new directory")
+            raise ValueError(f"the order of the data is not that of the run to resume: changed {'; '.join(changed)}. "
+                             "Go on with what it was, or start from that run's parameters in a new directory")
         first = cursor["step"] * self.packs_per_step - cursor["position"]
         with self._lock:
             self._note(first, tuple(Progress(*s) for s in cursor["sources"]))
@@ -170,7 +187,8 @@ class Loader:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What the order of the data depends on, by name: options, and each source's data, tokenizer, template."""
-        options = {k: str(getattr(self, k)) for k in ("seq_len", "packs_per_step", "seed", "max_documents", "window", "group_by_length")}
+        options = {k: str(getattr(self, k))
+                   for k in ("seq_len", "packs_per_step", "seed", "max_documents", "window", "group_by_length")}
         for source in self.data:
             tail = f" of {source.name}" if len(self.data) > 1 else ""
             options |= {k + tail: v for k, v in source.data.fingerprint.items()} | ({"weight" + tail: f"{source.weight:g}"} if tail else {})
@@ -203,7 +221,8 @@ class Loader:
 
     def _cost(self, window: Window, places: list[int]) -> int:
         lengths = window.length[places]
-        return int((lengths ** 2).sum()) + (self.seq_len - int(lengths.sum())) ** 2     # padding is attended to as a document is
+        # padding is attended to as a document is
+        return int((lengths ** 2).sum()) + (self.seq_len - int(lengths.sum())) ** 2
 
     def _window_at(self, index: int) -> tuple[int, _Packed]:
         """The window that holds a pack of the endless row, and the number of its first pack."""
@@ -229,12 +248,13 @@ class Loader:
             if self.group_by_length:
                 packs = self._grouped(packs, window, -first % self.packs_per_step, rng)
             self._recent[first] = _Packed(window, packs)
-            for old in list(self._recent)[:-4]:                      # the thread that is ahead and the one that logs may each look at two
+            for old in list(self._recent)[:-4]:  # the thread that is ahead and the one that logs may each look at two
                 del self._recent[old]
         return self._recent[first]
 
     def _grouped(self, packs: list[list[int]], window: Window, head: int, rng: np.random.Generator) -> list[list[int]]:
-        """Packs of like cost in steps, which come in random order; the first `head` finish a step that began before, the last begin another."""
+        """Packs of like cost in steps, which come in random order; the first `head` finish a step that began before,
+        the last begin another."""
         n = self.packs_per_step
         if len(packs) < head + n:
             return packs
@@ -247,7 +267,8 @@ class Loader:
 
 def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: DeviceMesh | None = None, *,
                  max_documents: int | None = None, window: int = WINDOW[1]) -> Iterator[Batch]:
-    """Every sample exactly once, in batches of `packs_per_batch` packs of which this rank gets its share; the last filled with packs of padding.
+    """Every sample exactly once, in batches of `packs_per_batch` packs of which this rank gets its share; the last
+    filled with packs of padding.
 
     `samples` as for `Loader`, weights aside. Sums over the batches (loss * mask, mask) do not depend on the mesh.
 
@@ -270,7 +291,8 @@ def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: Dev
 
 
 def split_off(samples: Any, fraction: float, seed: int = 0) -> tuple[Any, Any]:
-    """(the rest, about `fraction` of the samples held out), drawn by seed; all samples of one conversation fall on the same side.
+    """(the rest, about `fraction` of the samples held out), drawn by seed; all samples of one conversation fall on the
+    same side.
 
     Lists of samples give lists, a `Dataset` gives two that read the same cache.
 
@@ -291,4 +313,5 @@ def split_off(samples: Any, fraction: float, seed: int = 0) -> tuple[Any, Any]:
     if isinstance(samples, Dataset):
         return samples.split(count, seed)
     chosen = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]}
-    return ([s for s, g in zip(samples, groups, strict=True) if g not in chosen], [s for s, g in zip(samples, groups, strict=True) if g in chosen])
+    return ([s for s, g in zip(samples, groups, strict=True) if g not in chosen],
+            [s for s, g in zip(samples, groups, strict=True) if g in chosen])

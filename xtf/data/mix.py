@@ -1,7 +1,8 @@
-"""The endless row of samples that training takes: each source reshuffled every epoch, several mixed by their shares of the tokens.
+"""The endless row of samples that training takes: each source reshuffled every epoch, several mixed by their shares of
+the tokens.
 
-How far each source has come is all that there is to know: the next window of samples follows from it and the seed, so that a cursor
-resumes without going through what was taken. No mesh appears, and no list of all samples.
+How far each source has come is all that there is to know: the next window of samples follows from it and the seed, so
+that a cursor resumes without going through what was taken. No mesh appears, and no list of all samples.
 
 K: samples of a window, S: sources.
 """
@@ -14,7 +15,8 @@ SMALL = 1 << 16                        # samples of which a shuffle is drawn who
 
 
 class Source(NamedTuple):
-    """Samples to be mixed with others: `data` is a `Dataset` or a list of `Sample`, `weight` its share of the tokens (relative to the others')."""
+    """Samples to be mixed with others: `data` is a `Dataset` or a list of `Sample`, `weight` its share of the tokens
+    (relative to the others')."""
     name: str
     data: Any
     weight: float = 1.0
@@ -28,7 +30,8 @@ class Progress(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Samples that follow each other: of which source each is [K], its `start` in it [K] and its `length` [K] (all int64); where it leaves off."""
+    """Samples that follow each other: of which source each is [K], its `start` in it [K] and its `length` [K] (all
+    int64); where it leaves off."""
     source: np.ndarray
     start: np.ndarray
     length: np.ndarray
@@ -38,9 +41,10 @@ class Window(NamedTuple):
 def permuted(indices: np.ndarray, n: int, *key: int) -> np.ndarray:
     """What stands at `indices` (int64) of a shuffle of range(n) drawn by `key`, in memory that does not depend on n.
 
-    Up to 65,536 numpy's shuffle. Beyond, a Feistel network of 8 rounds, whose function is splitmix64's (Steele et al., "Fast splittable
-    pseudorandom number generators", 2014), over the next even number of bits; a result of n or more is sent through again until it is
-    below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    Up to 65,536 numpy's shuffle. Beyond, a Feistel network of 8 rounds, whose function is splitmix64's (Steele et al.,
+    "Fast splittable pseudorandom number generators", 2014), over the next even number of bits; a result of n or more is
+    sent through again until it is below ("cycle walking": Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002).
 
     >>> sorted(permuted(np.arange(5), 5, 7).tolist())
     [0, 1, 2, 3, 4]
@@ -75,8 +79,8 @@ def longest(sources: Sequence[Source]) -> int:
 def draw(sources: Sequence[Source], at: Sequence[Progress], seed: int, window: int) -> Window:
     """The next samples, at most `window`, and none beyond the end of an epoch.
 
-    Each comes from the source furthest behind its share: the one with the fewest tokens taken for its weight (the first of equals). That order is a
-    merge of the sources' own, each sample keyed by what its source has given before it.
+    Each comes from the source furthest behind its share: the one with the fewest tokens taken for its weight (the first
+    of equals). That order is a merge of the sources' own, each sample keyed by what its source has given before it.
     """
     key, which, start, length = [], [], [], []
     main, last = longest(sources), -1

@@ -1,17 +1,18 @@
 """Best-fit-decreasing packing of ragged samples into fixed budgets of tokens.
 
-Each sample, longest first, goes into the fullest pack that still has room for it (Johnson, "Near-optimal bin packing algorithms",
-1973: never more than 11/9 of the optimum and a constant).
+Each sample, longest first, goes into the fullest pack that still has room for it (Johnson, "Near-optimal bin packing
+algorithms", 1973: never more than 11/9 of the optimum and a constant).
 """
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
 def best_fit(lengths: Sequence[int], seq_len: int, max_documents: int) -> list[list[int]]:
-    """Packs of indices into `lengths`, each within `seq_len` tokens and with room for a padding document beside its samples.
+    """Packs of indices into `lengths`, each within `seq_len` tokens and with room for a padding document beside its
+    samples.
 
-    Open packs are kept in buckets by room left; only as many distinct rooms exist as there are positions, so that a bisection of the
-    sorted rooms finds the best one.
+    Open packs are kept in buckets by room left; only as many distinct rooms exist as there are positions, so that a
+    bisection of the sorted rooms finds the best one.
 
     Raises ValueError for a length outside 1..seq_len, or if `max_documents` leaves no place for padding (below 2).
 

@@ -12,8 +12,8 @@ T = TypeVar("T")
 def prefetch(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
     """The items of `make()`, which runs in a thread that is at most `depth` items ahead.
 
-    The thread starts with the first item asked for, and ends when the iterator is closed, dropped or at its end. What it raises is raised here, after
-    the items before it.
+    The thread starts with the first item asked for, and ends when the iterator is closed, dropped or at its end. What
+    it raises is raised here, after the items before it.
 
     >>> list(prefetch(lambda: iter([1, 2, 3])))
     [1, 2, 3]
@@ -31,7 +31,7 @@ def prefetch(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
                 ready.put(("item", next(items)))
         except StopIteration:
             ready.put(("end", None))
-        except BaseException as e:                                   # whatever it is, it belongs to whoever waits for the item
+        except BaseException as e:  # whatever it is, it belongs to whoever waits for the item
             ready.put(("error", e))
 
     thread = threading.Thread(target=work, name="xtf-prefetch", daemon=True)
@@ -52,10 +52,11 @@ def prefetch(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
 
 
 def pinned(items: Iterator[tree.Tree], index: int | None) -> Iterator[tree.Tree]:
-    """Trees of tensors in memory from which accelerator `index` copies while it computes; as they are where there is none (index None)."""
+    """Trees of tensors in memory from which accelerator `index` copies while it computes; as they are where there is
+    none (index None)."""
     if index is not None:
         import torch
-        torch.accelerator.set_device_index(index)                    # a new thread begins on device 0, and would make a context there
+        torch.accelerator.set_device_index(index)  # a new thread begins on device 0, and would make a context there
     for item in items:
         yield item if index is None else tree.tree_map(lambda x: x.pin_memory(), item)
 

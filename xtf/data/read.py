@@ -1,4 +1,5 @@
-"""From what `--data` says to raw records: files, folders, globs and hub ids; JSONL and Parquet, in chunks that processes can share out."""
+"""From what `--data` says to raw records: files, folders, globs and hub ids; JSONL and Parquet, in chunks that
+processes can share out."""
 import glob
 import json
 import re
@@ -9,14 +10,16 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".tar")
-ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}      # files of `datasets` that hold no records
+# files of `datasets` that hold no records
+ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 HUB_ID = re.compile(r"(modelscope://|hf://)?(\w[\w.-]*/\w[\w.-]*(?<!\.jsonl)(?<!\.json)(?<!\.ndjson)(?<!\.parquet))")
 BLOCK = 1 << 20
 
 
 class Chunk(NamedTuple):
-    """Part of a file: bytes start..stop of JSONL (whole lines), row groups start..stop of Parquet, or all of a file that is one JSON array."""
+    """Part of a file: bytes start..stop of JSONL (whole lines), row groups start..stop of Parquet, or all of a file
+    that is one JSON array."""
     path: str
     kind: Literal["jsonl", "parquet", "json"]
     start: int
@@ -26,8 +29,9 @@ class Chunk(NamedTuple):
 def resolve(data: str) -> list[Path]:
     """The files behind a path, a folder, a glob or a hub id, sorted.
 
-    A folder stands for all of its .jsonl, .json, .ndjson and .parquet files, at any depth, hidden ones apart. `org/name` that is no path is a
-    dataset of the Hugging Face hub, downloaded or from its cache; `modelscope://org/name` one of ModelScope.
+    A folder stands for all of its .jsonl, .json, .ndjson and .parquet files, at any depth, hidden ones apart.
+    `org/name` that is no path is a dataset of the Hugging Face hub, downloaded or from its cache;
+    `modelscope://org/name` one of ModelScope.
 
     Raises ValueError or OSError, naming --data, if there is nothing to read, or if it has to be unpacked first.
     """
@@ -52,7 +56,8 @@ def resolve(data: str) -> list[Path]:
 
 
 def model_path(model: str) -> Path:
-    """The directory of a model: the one named, or that of a hub id (`org/name`, `modelscope://org/name`), downloaded or from the cache.
+    """The directory of a model: the one named, or that of a hub id (`org/name`, `modelscope://org/name`), downloaded or
+    from the cache.
 
     Raises ValueError or OSError, naming --model.
 
@@ -80,7 +85,8 @@ def _listed(folder: Path, data: str) -> list[Path]:
     files = _files(folder)
     if not files:
         packed = next((f for f in folder.rglob("*") if f.suffix in PACKED), None)
-        raise ValueError(f"--data {data}: no {', '.join(SUFFIXES)} file in {folder}" + (f"; unpack {packed} first" if packed else ""))
+        raise ValueError(f"--data {data}: no {', '.join(SUFFIXES)} file in {folder}"
+                         + (f"; unpack {packed} first" if packed else ""))
     return files
 
 
@@ -92,15 +98,16 @@ def _hub(flag: str, hub: re.Match[str], kind: str, patterns: list[str]) -> Path:
             download = snapshot_download if kind == "model" else dataset_snapshot_download
             return Path(download(name, allow_patterns=patterns))
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))       # offline: what the cache has
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=patterns))  # offline: what the cache has
     except ImportError as e:
         raise ValueError(f"{flag} {hub[0]}: needs ModelScope: pip install 'xtf[modelscope]'") from e
-    except Exception as e:                                   # the two clients raise all sorts of things, and each means this
-        raise OSError(f"{flag} {hub[0]}: no such path here, and the hub's {kind} {name} is neither to be had nor in the cache "
-                      f"({type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'})") from e
+    except Exception as e:  # the two clients raise all sorts of things, and each means this
+        raise OSError(f"{flag} {hub[0]}: no such path here, and the hub's {kind} {name} is neither to be had nor in "
+                      f"the cache ({type(e).__name__}: "
+                      f"{str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'})") from e
 
 
-# ---- chunks -----------------------------------------------------------------------------------------------------------------------------
+# ---- chunks ----------------------------------------------------------------------------------------------------------
 
 def split_file(path: str | Path, chunk_bytes: int = 16 << 20) -> list[Chunk]:
     """The file as chunks of about chunk_bytes, in order; an empty file has none. Reads little of it, whatever its size.
@@ -140,11 +147,12 @@ def _line_end(file: BinaryIO, position: int, size: int) -> int:
 def records(chunk: Chunk) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     """(index within the chunk, from 0; raw line or row) of each record of a chunk, in order.
 
-    Lines end with a line feed, and come without it; empty ones come too, so that a record's line in the file is 1 + its index + the numbers of
-    records in the chunks before. Of Parquet, what is null is left out at any depth, since a column cannot say that a key is absent; lists of
-    integers are arrays.
+    Lines end with a line feed, and come without it; empty ones come too, so that a record's line in the file is 1 + its
+    index + the numbers of records in the chunks before. Of Parquet, what is null is left out at any depth, since a
+    column cannot say that a key is absent; lists of integers are arrays.
 
-    Raises OSError if the file cannot be read, or is shorter than it was; ValueError, naming it, if it is broken as a whole (Parquet, an array).
+    Raises OSError if the file cannot be read, or is shorter than it was; ValueError, naming it, if it is broken as a
+    whole (Parquet, an array).
     """
     if chunk.kind == "jsonl":
         yield from enumerate(_lines(chunk))
@@ -194,14 +202,16 @@ def _rows(chunk: Chunk) -> Iterator[dict[str, Any]]:
                 for i in range(batch.num_rows):
                     yield {name: value for name, values in columns.items() if (value := values[i]) is not None}
         except (pyarrow.ArrowInvalid, OSError) as e:
-            raise ValueError(f"{chunk.path}: row groups {chunk.start} to {chunk.stop - 1} cannot be read: {str(e).splitlines()[0]}") from e
+            raise ValueError(f"{chunk.path}: row groups {chunk.start} to {chunk.stop - 1} cannot be read: "
+                             f"{str(e).splitlines()[0]}") from e
 
 
 def _values(column: Any) -> list[Any]:
     """A column as a list, one value a row."""
     import pyarrow.types as types
     kind = column.type
-    if (types.is_list(kind) or types.is_large_list(kind)) and types.is_integer(kind.value_type) and not column.flatten().null_count:
+    if (types.is_list(kind)
+        or types.is_large_list(kind)) and types.is_integer(kind.value_type) and not column.flatten().null_count:
         return [None if x is None else x.to_numpy() for x in (scalar.values for scalar in column)]
     return [_without_nulls(value) for value in column.to_pylist()]
 
@@ -209,4 +219,5 @@ def _values(column: Any) -> list[Any]:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], dict | list) else value
+    return [_without_nulls(v)
+            for v in value] if isinstance(value, list) and value and isinstance(value[0], dict | list) else value

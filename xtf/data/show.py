@@ -14,10 +14,11 @@ VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥\t", "\r": "␍", "\0": "␀"}
 
 
 def show(what: Sample | Batch, tokenizer: Any = None, console: Console | None = None, max_tokens: int = 2000) -> None:
-    """Print a sample, or each document of a batch, with the tokens that carry loss in green and marked ▏ where they begin.
+    """Print a sample, or each document of a batch, with the tokens that carry loss in green and marked ▏ where they
+    begin.
 
-    Each document gets a heading with its tokens and how many of them carry loss; of long ones the middle is left out. Without a
-    tokenizer, ids are printed. Raises ValueError for a batch that was cut over sp.
+    Each document gets a heading with its tokens and how many of them carry loss; of long ones the middle is left out.
+    Without a tokenizer, ids are printed. Raises ValueError for a batch that was cut over sp.
 
     >>> show(Sample([5, 6, 7], [False, True, True]), console=Console(width=60, color_system=None))
     ─────── document 1: 3 tokens, 2 with loss (▏ begins) ───────
@@ -27,9 +28,11 @@ def show(what: Sample | Batch, tokenizer: Any = None, console: Console | None = 
     if not isinstance(what, Batch):
         _document(what[0], what[1], "document 1", tokenizer, console, max_tokens)
         return
-    for pack, (ids_T, labels_T, mask_T, segments_S) in enumerate(zip(what.input_ids, what.labels, what.loss_mask, what.segments, strict=True)):
+    for pack, (ids_T, labels_T, mask_T,
+               segments_S) in enumerate(zip(what.input_ids, what.labels, what.loss_mask, what.segments, strict=True)):
         if len(labels_T) != len(ids_T):
-            raise ValueError(f"labels hold {len(labels_T)} of the pack's {len(ids_T)} positions: show the batch before it is cut over sp")
+            raise ValueError(f"labels hold {len(labels_T)} of the pack's {len(ids_T)} positions: show the batch "
+                             "before it is cut over sp")
         bounds = sorted(set(segments_S.tolist()))
         for number, (start, stop) in enumerate(pairwise(bounds), 1):
             on = torch.zeros(stop - start, dtype=torch.bool)

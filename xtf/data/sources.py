@@ -25,7 +25,7 @@ def parse_sources(data: Sequence[str]) -> list[tuple[str, float | None]]:
         name, _, tail = text.rpartition("=")
         try:
             out.append((name, float(tail)) if name and not Path(text).exists() else (text, None))
-        except ValueError:                                           # a file that has = in its name, as one that exists may
+        except ValueError:  # a file that has = in its name, as one that exists may
             out.append((text, None))
     if not out:
         raise ValueError("--data: names nothing to train on")
@@ -39,13 +39,16 @@ def parse_sources(data: Sequence[str]) -> list[tuple[str, float | None]]:
     return out
 
 
-def open_data(data: Sequence[str], encoder: Encoder, seq_len: int, *, eval_data: Sequence[str] = (), eval_fraction: float = 0.0, seed: int = 0,
-              folder: str | Path = CACHE, on_bad: str = "raise", workers: int | None = None, say: Say = lambda text: None) -> tuple[Any, Any]:
-    """(training, held-out) data for `Loader` and `eval_batches`: a `Dataset` each, or lists of `Source` where `data` has weights.
+def open_data(data: Sequence[str], encoder: Encoder, seq_len: int, *, eval_data: Sequence[str] = (),
+              eval_fraction: float = 0.0, seed: int = 0, folder: str | Path = CACHE, on_bad: str = "raise",
+              workers: int | None = None, say: Say = lambda text: None) -> tuple[Any, Any]:
+    """(training, held-out) data for `Loader` and `eval_batches`: a `Dataset` each, or lists of `Source` where `data`
+    has weights.
 
-    Without weights all of `data` is one source, in which each sample comes once an epoch. With them (`web/=0.7 code/=0.3`) each source has its share
-    of the tokens. Held out are `eval_data` or, drawn by seed, `eval_fraction` of each source's records; an empty list if neither is given.
-    Every rank calls it; `say` (rank 0's, say) is told what became of the lines.
+    Without weights all of `data` is one source, in which each sample comes once an epoch. With them (`web/=0.7
+    code/=0.3`) each source has its share of the tokens. Held out are `eval_data` or, drawn by seed, `eval_fraction` of
+    each source's records; an empty list if neither is given. Every rank calls it; `say` (rank 0's, say) is told what
+    became of the lines.
 
     Raises what `tokenized` does, and ValueError if nothing is left to train on or to hold out.
 
@@ -64,11 +67,12 @@ def open_data(data: Sequence[str], encoder: Encoder, seq_len: int, *, eval_data:
 
     sources = parse_sources(data)
     weighted = sources[0][1] is not None
-    made = [Source(name, read(name), weight) for name, weight in sources if weight] or [Source("", read([name for name, _ in sources]))]
+    made = [Source(name, read(name), weight) for name, weight in sources
+            if weight] or [Source("", read([name for name, _ in sources]))]
     for source in made:
         if not len(source.data):
-            raise ValueError(f"--data {source.name or ' '.join(data)}: no sample to train on: every line was empty, skipped or without a token that "
-                             f"carries loss within --seq-len {seq_len}")
+            raise ValueError(f"--data {source.name or ' '.join(data)}: no sample to train on: every line was empty, "
+                             f"skipped or without a token that carries loss within --seq-len {seq_len}")
     held: list[Source] = []
     if eval_data:
         held = [Source("", read(list(eval_data)))]

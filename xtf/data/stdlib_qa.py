@@ -2,7 +2,8 @@
 
     python -m xtf.data.stdlib_qa OUT_DIR        # writes OUT_DIR/train.jsonl and OUT_DIR/heldout.jsonl
 
-Nothing is imported: the files are parsed. Whole top-level modules are held out, so that held-out answers are about code never seen.
+Nothing is imported: the files are parsed. Whole top-level modules are held out, so that held-out answers are about code
+never seen.
 """
 import ast
 import hashlib
@@ -18,12 +19,14 @@ from typing import Any
 
 QUESTIONS = ("What does Python's `{}` do?", "Explain `{}` from the Python standard library in a sentence or two.",
              "What is `{}` in Python for?", "In Python, what is the purpose of `{}`?")
-SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "site-packages", "dist-packages"}  # besides private names
+# besides private names
+SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "site-packages", "dist-packages"}
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def documented(stdlib: Path) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of each public function, class and method below a folder of Python files, in a fixed order."""
+    """(qualified name, docstring) of each public function, class and method below a folder of Python files, in a fixed
+    order."""
     for file in sorted(stdlib.rglob("*.py")):
         parts = file.relative_to(stdlib).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -47,7 +50,8 @@ def _definitions(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def first_paragraph(docstring: str) -> str | None:
-    """The docstring's first paragraph on one line, or None if it is no answer: under 20 or over 400 characters, a doctest, or unfinished.
+    """The docstring's first paragraph on one line, or None if it is no answer: under 20 or over 400 characters, a
+    doctest, or unfinished.
 
     >>> first_paragraph("Remove common leading\\n    white space.\\n\\n    More.")
     'Remove common leading white space.'
@@ -69,7 +73,8 @@ def held_out(name: str) -> bool:
 
 
 def records(stdlib: str | Path | None = None) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) records `{"messages": [user, assistant]}`, the same on every run; each name and each answer once."""
+    """(training, held-out) records `{"messages": [user, assistant]}`, the same on every run; each name and each answer
+    once."""
     train, held, seen = [], [], set()
     for name, docstring in documented(Path(stdlib or sysconfig.get_path("stdlib"))):
         answer = first_paragraph(docstring)
@@ -89,7 +94,8 @@ def main(out: str) -> None:
     for file, rows in zip(("train.jsonl", "heldout.jsonl"), records(), strict=True):
         with open(folder / file, "w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        print(f"{folder / file}: {len(rows):,} conversations, {sum(len(r['messages'][1]['content']) for r in rows):,} characters of answers")
+        print(f"{folder / file}: {len(rows):,} conversations, {sum(len(r['messages'][1]['content']) for r in rows):,} "
+              "characters of answers")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def _shared(a: str, b: str) -> int:
 
 
 class Turn(NamedTuple):
-    """An assistant's turn: `text` is the conversation up to its end, generated from `start` on; `spans` of it carry loss."""
+    """An assistant's turn: `text` is the conversation up to its end, generated from `start` on; `spans` of it carry
+    loss."""
     text: str
     start: int
     spans: list[Span]
@@ -38,23 +39,28 @@ class Template:
         self.source, self.names = source, names
         self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         self.reads_tools = "tool_calls" in source
-        # The ways in which published templates ask whether to think, and the one that asks for reasoning but does not know <think>.
-        self.switches = [s for s in ("enable_thinking", "thinking") if re.search(rf"""(?<![\w.'"]){s}(?![\w'"])""", source)]
+        # The ways in which published templates ask whether to think, and the one that asks for reasoning but does not
+        # know <think>.
+        self.switches = [s for s in ("enable_thinking", "thinking")
+                         if re.search(rf"""(?<![\w.'"]){s}(?![\w'"])""", source)]
         self.channels = "thinking" in source and "</think>" not in source
 
     def render(self, messages: list[dict[str, Any]], chat: Chat, **options: Any) -> tuple[str, list[Span]]:
-        """The text and the spans of its generation marks. Templates raise what they like on input they refuse, so all of it is the record's fault."""
+        """The text and the spans of its generation marks. Templates raise what they like on input they refuse, so all
+        of it is the record's fault."""
         tools: Any = chat.tools
         try:
             texts, marks = render_jinja_template(conversations=[messages], tools=tools, chat_template=self.source,
-                                                 return_assistant_tokens_mask=self.marked, **{**self.names, **options, **chat.options})
+                                                 return_assistant_tokens_mask=self.marked,
+                                                 **{**self.names, **options, **chat.options})
         except Exception as e:
             raise Bad(f"the chat template refuses the first {len(messages)} messages: {type(e).__name__}: {e}") from e
         spans: Any = marks[0] if self.marked else []
         return texts[0], spans
 
     def prepare(self, chat: Chat) -> Chat:
-        """The conversation as this template wants it: arguments of tool calls as objects or strings, reasoning in a field of its own."""
+        """The conversation as this template wants it: arguments of tool calls as objects or strings, reasoning in a
+        field of its own."""
         messages = [self._calls(m) if m.get("tool_calls") else m for m in chat.messages]
         if self.channels:
             messages = [self._channels(m) for m in messages]
@@ -65,24 +71,28 @@ class Template:
         inline = INLINE.match(m["content"] or "") if m["role"] == "assistant" and "thinking" not in m else None
         if not inline:
             return m
-        thoughts = {"thinking": inline[1].strip("\n"), "reasoning_content": inline[1].strip("\n")} if inline[1].strip() else {}
+        thoughts = {"thinking": inline[1].strip("\n"),
+                    "reasoning_content": inline[1].strip("\n")} if inline[1].strip() else {}
         return m | thoughts | {"content": m["content"][inline.end():]}
 
     def _calls(self, m: dict[str, Any]) -> dict[str, Any]:
         as_string, content = self._call_shape
-        calls = [{**c, "function": c["function"] | {"arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} if as_string else c
+        calls = [{**c, "function": c["function"]
+                  | {"arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} if as_string else c
                  for c in m["tool_calls"]]
         return m | {"tool_calls": calls, "content": m["content"] or content}
 
     @cached_property
     def _call_shape(self) -> tuple[bool, str | None]:
-        """Whether arguments are to be a string, and the content of a message that only calls; found by trying. Raises Bad if nothing works."""
+        """Whether arguments are to be a string, and the content of a message that only calls; found by trying. Raises
+        Bad if nothing works."""
         question, name = "Is this a probe?", "probed"
         for as_string in (False, True):
             for content in (None, ""):
                 arguments: Any = '{"key": "value"}' if as_string else {"key": "value"}
                 call = {"id": "probe0000", "type": "function", "function": {"name": name, "arguments": arguments}}
-                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": content, "tool_calls": [call]}]
+                messages = [{"role": "user", "content": question},
+                            {"role": "assistant", "content": content, "tool_calls": [call]}]
                 try:
                     text, _ = self.render(messages, Chat(messages, []))
                 except Bad:
@@ -95,8 +105,8 @@ class Template:
     def turn(self, chat: Chat, i: int) -> Turn:
         """What was generated as messages[i], and what stood before it when it was.
 
-        Templates with a switch for thinking are asked with it on where the message has reasoning, else off: then the empty block of
-        reasoning belongs to the prompt. Raises Bad if the template does not tell.
+        Templates with a switch for thinking are asked with it on where the message has reasoning, else off: then the
+        empty block of reasoning belongs to the prompt. Raises Bad if the template does not tell.
         """
         message = chat.messages[i]
         content = message["content"] or ""
@@ -116,14 +126,16 @@ class Template:
         else:
             text, marks, start = self._rewritten(prompt, text, marks, chat, i)
         if "</think>" not in content and not thoughts and (empty := EMPTY.match(text, start)):
-            start = empty.end()                              # the template's own: inference that does not think has it in the prompt
+            start = empty.end()  # the template's own: inference that does not think has it in the prompt
         spans = [(max(s, start), e) for s, e in marks if e > start] if self.marked else [(start, len(text))]
         return Turn(text, start, spans, bool(thoughts) and thoughts not in text)
 
     def _greeting(self, text: str, chat: Chat, i: int, options: dict[str, Any]) -> str:
-        """The prompt of a first turn that nobody asked for, which templates need not render: what stands before it in the text, and the header."""
+        """The prompt of a first turn that nobody asked for, which templates need not render: what stands before it in
+        the text, and the header."""
         asked: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
-        with_header, without = self.render(asked, chat, add_generation_prompt=True, **options)[0], self.render(asked, chat, **options)[0]
+        with_header, without = self.render(asked, chat, add_generation_prompt=True,
+                                           **options)[0], self.render(asked, chat, **options)[0]
         header = with_header.removeprefix(without)
         base = OPEN.sub("", header)
         at = text.find(base) if base and len(header) < len(with_header) else -1
@@ -133,7 +145,8 @@ class Template:
         return self.render(chat.messages[:i], chat, add_generation_prompt=True, **options)[0]
 
     def _rewritten(self, prompt: str, text: str, marks: list[Span], chat: Chat, i: int) -> tuple[str, list[Span], int]:
-        """Where the turn rewrites what is before it (GPT-OSS drops the analysis of a call once there is an answer): prompt and turn, joined.
+        """Where the turn rewrites what is before it (GPT-OSS drops the analysis of a call once there is an answer):
+        prompt and turn, joined.
 
         The turn begins after the last header before the place where another answer would have made a difference.
         """
@@ -145,14 +158,16 @@ class Template:
             start, moved = at + len(header), len(prompt) - at - len(header)
             return prompt + text[start:], [(s + moved, e + moved) for s, e in marks], len(prompt)
         if not self.marked:
-            raise Bad(f"the chat template's generation prompt after messages[:{i}] is not how it begins messages[{i}], so what was generated "
+            raise Bad(f"the chat template's generation prompt after messages[:{i}] is not how it begins "
+                      f"messages[{i}], so what was generated "
                       "is unknown: give the template {% generation %} marks, or train on everything")
         start = _shared(text, prompt)
         return text, marks, min((s for s, e in marks if s >= start), default=start)
 
     @staticmethod
     def _reopened(prompt: str, rest: str, gap: str, thoughts: str, inline: bool) -> Turn:
-        """The turn as the model writes it, where the prompt opens <think> and the template drops reasoning even of the last turn (DeepSeek R1)."""
+        """The turn as the model writes it, where the prompt opens <think> and the template drops reasoning even of the
+        last turn (DeepSeek R1)."""
         gap = "\n" if "\n" in gap else ""
         rest = re.sub(rf"\A(?:<think>.*?)?</think>{gap}*", "", rest, flags=re.DOTALL)
         rest = rest.lstrip("\n") if inline else rest

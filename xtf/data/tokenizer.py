@@ -1,4 +1,5 @@
-"""The tokenizer of a model's directory, checked before anything is trained with it; character offsets for those that have none.
+"""The tokenizer of a model's directory, checked before anything is trained with it; character offsets for those that
+have none.
 
 n: tokens.
 """
@@ -12,13 +13,15 @@ from filelock import FileLock
 
 
 def load(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory (or hub id): a transformers tokenizer that gives `offset_mapping`, and whose added tokens survive.
+    """The tokenizer of a directory (or hub id): a transformers tokenizer that gives `offset_mapping`, and whose added
+    tokens survive.
 
-    `trust_remote_code` runs the tokenizer's own code where the directory brings some (Kimi K2); never otherwise. All ranks of a machine may
-    call this at once.
+    `trust_remote_code` runs the tokenizer's own code where the directory brings some (Kimi K2); never otherwise. All
+    ranks of a machine may call this at once.
 
-    Raises ValueError naming the directory where it has no tokenizer that loads, where its tokenizer is code and that is not trusted, and
-    naming the token where an added token is not encoded as its id alone, or that id is not decoded as the token.
+    Raises ValueError naming the directory where it has no tokenizer that loads, where its tokenizer is code and that is
+    not trusted, and naming the token where an added token is not encoded as its id alone, or that id is not decoded as
+    the token.
 
     >>> import tempfile, tokenizers, transformers
     >>> path, words = tempfile.mkdtemp(), tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "<eos>": 1}, "<eos>"))
@@ -34,11 +37,12 @@ def load(path: str | Path, trust_remote_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         else:
             copies.mkdir(parents=True, exist_ok=True)
-            with FileLock(copies / "xtf.lock"):                    # transformers copies the code here: another rank may be importing it
+            with FileLock(copies / "xtf.lock"):  # transformers copies the code here: another rank may be importing it
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     except Exception as e:                                        # remote code raises what it likes
         if not trust_remote_code and (code := _own_code(path)):
-            raise ValueError(f"{path}: its tokenizer is code of its own, {code}; read it, and pass --trust-remote-code to run it") from e
+            raise ValueError(f"{path}: its tokenizer is code of its own, {code}; read it, and pass "
+                             "--trust-remote-code to run it") from e
         raise ValueError(f"{path}: the tokenizer does not load: {type(e).__name__}: {e}") from e
     check_added_tokens(tokenizer, path)
     return tokenizer if tokenizer.is_fast else WithOffsets(tokenizer, path)
@@ -56,27 +60,32 @@ def _own_code(path: str | Path) -> str | None:
 
 
 def check_added_tokens(tokenizer: Any, path: str | Path) -> None:
-    """Raise ValueError, naming the first, where an added token does not come back from a round trip (text, one id, text)."""
+    """Raise ValueError, naming the first, where an added token does not come back from a round trip (text, one id,
+    text)."""
     added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
     known = set(added.values())
-    added |= {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens if token not in known}
+    added |= {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens
+              if token not in known}
     broken = []
     for i, token in added.items():
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-        text = tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False) if i is not None else ""
+        text = tokenizer.decode([i], skip_special_tokens=False,
+                                clean_up_tokenization_spaces=False) if i is not None else ""
         if ids != [i] or text != token:
             broken.append(f"{token!r} (id {i}) is encoded as {ids}, and its id is decoded as {text!r}")
     if broken:
         rest = f", and {len(broken) - 1} more like it" if len(broken) > 1 else ""
-        raise ValueError(f"{path}: the added token {broken[0]}{rest}: what the model would be trained on is not what is written; correct "
-                         "tokenizer_config.json and tokenizer.json, or install the release of transformers that they were written for")
+        raise ValueError(f"{path}: the added token {broken[0]}{rest}: what the model would be trained on is not what "
+                         "is written; correct tokenizer_config.json and tokenizer.json, or install the release of "
+                         "transformers that they were written for")
 
 
 class WithOffsets:
-    """A slow byte-level tokenizer that also gives `offset_mapping`, as fast ones do: [first, last + 1) character of each token's bytes.
+    """A slow byte-level tokenizer that also gives `offset_mapping`, as fast ones do: [first, last + 1) character of
+    each token's bytes.
 
-    Everything else is the tokenizer's. It is pickled as the directory that it came from, since its class is known to no other process.
-    Raises ValueError, when it is called for offsets, if the tokens do not spell the text.
+    Everything else is the tokenizer's. It is pickled as the directory that it came from, since its class is known to no
+    other process. Raises ValueError, when it is called for offsets, if the tokens do not spell the text.
 
     >>> spans([b"a", b"\\xc3", b"\\xa9!"], "a\\u00e9!")                      # the second character is cut in two
     [(0, 1), (1, 2), (1, 3)]
@@ -112,16 +121,18 @@ def spans(tokens: list[bytes], text: str) -> list[tuple[int, int]]:
     """For each token the characters of `text` that its bytes are part of. Raises ValueError if they do not spell it."""
     data = text.encode()
     if b"".join(tokens) != data:
-        raise ValueError(f"the tokenizer's tokens spell {b''.join(tokens)[:80]!r}, not the text {data[:80]!r}, so it cannot tell which of them carry "
-                         "loss in a conversation; give a fast tokenizer (tokenizer.json), or text")
-    char_of_byte = (np.frombuffer(data, np.uint8) & 0xC0 != 0x80).cumsum() - 1           # bytes 10xxxxxx continue a character
+        raise ValueError(f"the tokenizer's tokens spell {b''.join(tokens)[:80]!r}, not the text {data[:80]!r}, so it "
+                         "cannot tell which of them carry loss in a conversation; give a fast tokenizer "
+                         "(tokenizer.json), or text")
+    char_of_byte = (np.frombuffer(data, np.uint8) & 0xC0 != 0x80).cumsum() - 1  # bytes 10xxxxxx continue a character
     ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
     starts = ends - [len(token) for token in tokens]
     return [(int(char_of_byte[a]), int(char_of_byte[b - 1]) + 1) for a, b in zip(starts, ends, strict=True)]
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's character for each byte, the other way round: printable ones stand for themselves, the others for what follows U+0100."""
+    """GPT-2's character for each byte, the other way round: printable ones stand for themselves, the others for what
+    follows U+0100."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,8 +1,9 @@
 """Hugging Face directories in and out: every rank reads its own slices, all ranks write one set of files together.
 
-`names` maps a parameter's dotted path to its tensor's name in the files (see `names`); a model's `names(cfg)` returns it. Quantised
-tensors (see `quantised`) are read as the values that they stand for. Law 9: what `load` read, `save(..., like=directory)` writes again,
-each tensor with its name, dtype, shape and bytes (as long as the parameters' dtype holds the files' values).
+`names` maps a parameter's dotted path to its tensor's name in the files (see `names`); a model's `names(cfg)` returns
+it. Quantised tensors (see `quantised`) are read as the values that they stand for. Law 9: what `load` read, `save(...,
+like=directory)` writes again, each tensor with its name, dtype, shape and bytes (as long as the parameters' dtype holds
+the files' values).
 """
 import math
 import shutil
@@ -30,11 +31,12 @@ from xtf.parallel.collectives import max_along
 __all__ = ["Transposed", "file_tensors", "load", "save", "tensors"]
 
 IGNORE = ("rotary_emb.inv_freq",)                                        # recomputed from the config by every model
-TIED = {                                                                 # globs; the last two: of DeepSeek's MTP modules
+TIED = {  # globs; the last two: of DeepSeek's MTP modules
     "lm_head.weight": "model.embed_tokens.weight", "model.layers.*.embed_tokens.weight": "model.embed_tokens.weight",
     "model.layers.*.shared_head.head.weight": "lm_head.weight",
 }
-NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf",
+              ".h5", ".msgpack", ".onnx")
 THREADS = 4
 
 
@@ -52,14 +54,17 @@ def tensors(path: str | Path) -> dict[str, tuple[str, torch.dtype, Shape]]:
     return {name: (e.file.name, e.dtype, e.shape) for name, e in files.directory(path).items()}
 
 
-def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: tree.Tree | None = None, dtype: torch.dtype | None = None, *,
-         ignore: Sequence[str] = IGNORE, tied: Mapping[str, str] = TIED) -> tree.Tree:
-    """The parameters of a directory, as tensors, or as DTensors placed by `layout`; each rank reads only what it stores.
+def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: tree.Tree | None = None,
+         dtype: torch.dtype | None = None, *, ignore: Sequence[str] = IGNORE,
+         tied: Mapping[str, str] = TIED) -> tree.Tree:
+    """The parameters of a directory, as tensors, or as DTensors placed by `layout`; each rank reads only what it
+    stores.
 
-    Stacked, transposed and quantised tensors are so too (see `names`, and `quantised` for what the values are equal to). Values are
-    converted to each Param's dtype (`dtype`, if given, for all floating ones); `requires_grad` says trainable. `ignore` has endings
-    (globs) of tensors in the files that are no parameters. `tied` names (by globs) tensors that some directories write though they are
-    another's twin: accepted if their bytes are equal. With a layout, all ranks of its mesh call this and fail together.
+    Stacked, transposed and quantised tensors are so too (see `names`, and `quantised` for what the values are equal
+    to). Values are converted to each Param's dtype (`dtype`, if given, for all floating ones); `requires_grad` says
+    trainable. `ignore` has endings (globs) of tensors in the files that are no parameters. `tied` names (by globs)
+    tensors that some directories write though they are another's twin: accepted if their bytes are equal. With a
+    layout, all ranks of its mesh call this and fail together.
 
     Raises ValueError naming every missing, extra or misshapen tensor, or whatever is wrong with the files.
 
@@ -91,8 +96,9 @@ def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: t
                 part.copy_(one)
                 for twin in twins_of[name]:
                     if not _same_bytes(one, _read(found[twin], at, tuple(part.shape))):
-                        raise ValueError(f"{path}: {twin} ({found[twin].file.name}) and {name} ({found[name].file.name}) are tied by the config, "
-                                         "but their values differ: set tie_word_embeddings to false, or remove the one that is not meant")
+                        raise ValueError(f"{path}: {twin} ({found[twin].file.name}) and {name} "
+                                         f"({found[name].file.name}) are tied by the config, but their values differ: "
+                                         "set tie_word_embeddings to false, or remove the one that is not meant")
             values = values if place is None else place.from_local(values, spec.shape)
             return values.requires_grad_(spec.trainable and floating)
 
@@ -101,22 +107,24 @@ def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: t
     return tree.map_with_path(lambda leaf, spec: values[leaf], specs)
 
 
-def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None, max_shard_bytes: int = 5 << 30, *,
-         quantise: Literal["fp8"] | None = None, ignore: Sequence[str] = IGNORE, tied: Mapping[str, str] = TIED) -> None:
-    """Write parameters as a Hugging Face directory; where leaves are DTensors, all ranks of their mesh call this and write together.
+def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None,
+         max_shard_bytes: int = 5 << 30, *, quantise: Literal["fp8"] | None = None, ignore: Sequence[str] = IGNORE,
+         tied: Mapping[str, str] = TIED) -> None:
+    """Write parameters as a Hugging Face directory; where leaves are DTensors, all ranks of their mesh call this and
+    write together.
 
-    `like` is a directory of the same model: each tensor is written in the dtype and the file that it has there, ignored tensors and
-    twins as well, and config, tokenizer and every other small file are copied. Tensors that are quantised there are written in bf16, in
-    files of `max_shard_bytes`, unless `quantise="fp8"`: then as block FP8, those that are so in `like` or, where none is, the
-    matrices of attention, MLP and experts; a block that its old scale says exactly keeps it, so untrained weights are written
-    as they were. config.json says what was written. Without `like` each tensor has its parameter's dtype and nothing but
-    safetensors is written.
+    `like` is a directory of the same model: each tensor is written in the dtype and the file that it has there, ignored
+    tensors and twins as well, and config, tokenizer and every other small file are copied. Tensors that are quantised
+    there are written in bf16, in files of `max_shard_bytes`, unless `quantise="fp8"`: then as block FP8, those that are
+    so in `like` or, where none is, the matrices of attention, MLP and experts; a block that its old scale says exactly
+    keeps it, so untrained weights are written as they were. config.json says what was written. Without `like` each
+    tensor has its parameter's dtype and nothing but safetensors is written.
 
-    The directory appears, or replaces what was there, only when it is complete and on disk. If a rank fails, all fail and what was
-    there stays.
+    The directory appears, or replaces what was there, only when it is complete and on disk. If a rank fails, all fail
+    and what was there stays.
 
-    Raises ValueError where names, leaves and `like` do not agree or FP8 cannot hold a leaf, FileExistsError if `path` holds something
-    else than a model's files, OSError naming the file where writing fails.
+    Raises ValueError where names, leaves and `like` do not agree or FP8 cannot hold a leaf, FileExistsError if `path`
+    holds something else than a model's files, OSError naming the file where writing fails.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/model"
@@ -144,7 +152,8 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
             scales |= {twin: scales[name] for twin, name in plan.twins.items() if twin in plan.fp8}
             if lead:
                 whole = plan.copied | {n + SCALE: x for n, x in scales.items()}
-                parts += [(n, (0,) * len(t.shape), t if isinstance(t, torch.Tensor) else _read(t, (0,) * len(t.shape), t.shape))
+                parts += [(n, (0,) * len(t.shape),
+                           t if isinstance(t, torch.Tensor) else _read(t, (0,) * len(t.shape), t.shape))
                           for n, t in whole.items()]
 
             def write(part: tuple[str, Shape, torch.Tensor]) -> None:
@@ -153,7 +162,8 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
                 files.write(fds[entries[name].file], entries[name], at, x)
             parts = [part for part in parts if part[2].numel()]
             with ExitStack() as stack, ThreadPoolExecutor(THREADS) as pool:
-                fds = {file: stack.enter_context(files.writing(file)) for file in sorted({entries[n].file for n, *_ in parts})}
+                fds = {file: stack.enter_context(files.writing(file))
+                       for file in sorted({entries[n].file for n, *_ in parts})}
                 list(pool.map(write, parts))
         with _together(mesh):
             if lead:
@@ -177,7 +187,8 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class _Plan(NamedTuple):
-    """What `save` writes: name -> (dtype, shape), the file of each tensor, how to quantise, and what of `like` is written again."""
+    """What `save` writes: name -> (dtype, shape), the file of each tensor, how to quantise, and what of `like` is
+    written again."""
     written: dict[str, tuple[torch.dtype, Shape]]
     shards: dict[str, str]
     fp8: dict[str, Fp8Out]
@@ -186,21 +197,24 @@ class _Plan(NamedTuple):
     config: dict[str, Any]                                               # quantization_config
 
 
-def check(params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None, *, quantise: Literal["fp8"] | None = None,
-          ignore: Sequence[str] = IGNORE, tied: Mapping[str, str] = TIED) -> None:
-    """Raise what `save` would raise of names, shapes and formats, before a run has begun rather than at its end; nothing is written.
+def check(params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None, *,
+          quantise: Literal["fp8"] | None = None, ignore: Sequence[str] = IGNORE,
+          tied: Mapping[str, str] = TIED) -> None:
+    """Raise what `save` would raise of names, shapes and formats, before a run has begun rather than at its end;
+    nothing is written.
 
     >>> check({"norm": {"weight": torch.ones(3)}}, {"norm.weight": "model.norm.weight"})
     """
     _plan(like, wanted(dict(tree.flatten_with_path(params)), names, "params"), quantise, 5 << 30, ignore, tied)
 
 
-def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str | None, max_shard_bytes: int, ignore: Sequence[str],
-          tied: Mapping[str, str]) -> _Plan:
+def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str | None, max_shard_bytes: int,
+          ignore: Sequence[str], tied: Mapping[str, str]) -> _Plan:
     if quantise not in (None, "fp8") or (quantise and not (like and Path(like, "config.json").is_file())):
-        raise ValueError(f"hf.save: quantise={quantise!r} with like={like}: give None, or 'fp8' and a directory with a config.json that can say so")
+        raise ValueError(f"hf.save: quantise={quantise!r} with like={like}: give None, or 'fp8' and a directory with "
+                         "a config.json that can say so")
     settings = quantised.config(like) if like else {}
-    raw: dict[str, Entry] = {}                                           # nothing, or a model that has not been trained yet
+    raw: dict[str, Entry] = {}  # nothing, or a model that has not been trained yet
     if like is not None and any(Path(like).glob("*.safetensors")):
         raw = files.directory(like)
     found = quantised.fold(like or "", raw, settings)
@@ -219,7 +233,8 @@ def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str |
     if written == {n: (e.dtype, e.shape) for n, e in raw.items()}:
         shards = {n: e.file.name for n, e in raw.items()}
     else:
-        shards = files.assign({n: math.prod(shape) * dtype.itemsize for n, (dtype, shape) in written.items()}, max_shard_bytes)
+        shards = files.assign({n: math.prod(shape) * dtype.itemsize for n, (dtype, shape) in written.items()},
+                              max_shard_bytes)
     return _Plan(written, shards, fp8, twins, copied, config)
 
 
@@ -232,8 +247,9 @@ def _box(name: str, x: torch.Tensor) -> tuple[Shape, torch.Tensor]:
     placements, local = x.placements, local_part(x).detach()
     offset, size = Place(x.device_mesh, placements).box(tuple(x.shape))
     if size != tuple(local.shape) or not all(type(p) in (Shard, Replicate) for p in placements):
-        raise ValueError(f"hf.save: {name} of shape {list(x.shape)} is placed {placements} with {list(local.shape)} here, not cut by whole "
-                         f"chunks (which would be {list(size)}); redistribute it to Shard and Replicate first")
+        raise ValueError(f"hf.save: {name} of shape {list(x.shape)} is placed {placements} with {list(local.shape)} "
+                         f"here, not cut by whole chunks (which would be {list(size)}); redistribute it to Shard and "
+                         "Replicate first")
     return offset, local
 
 
@@ -241,7 +257,8 @@ def _share(x: torch.Tensor, offset: Shape, local: torch.Tensor, mesh: DeviceMesh
     """What this rank writes of what it has: ranks that hold the same part divide its rows among them."""
     copy, copies = 0, 1
     mesh = x.device_mesh if isinstance(x, DTensor) else mesh
-    for i, p in enumerate(x.placements if isinstance(x, DTensor) else (Replicate(),) * (0 if mesh is None else mesh.ndim)):
+    for i, p in enumerate(x.placements if isinstance(x, DTensor)
+                          else (Replicate(),) * (0 if mesh is None else mesh.ndim)):
         if isinstance(p, Replicate):
             assert mesh is not None
             copy, copies = copy * mesh.size(i) + mesh.get_local_rank(i), copies * mesh.size(i)
@@ -252,9 +269,10 @@ def _share(x: torch.Tensor, offset: Shape, local: torch.Tensor, mesh: DeviceMesh
     return (offset[0] + low, *offset[1:]), local[low:low + rows]
 
 
-def _scales(leaves: Mapping[str, torch.Tensor], names: Mapping[str, str], wanted: Mapping[str, Wanted], boxes: Mapping[str, tuple],
-            fp8: Mapping[str, Fp8Out], mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
-    """The scales of every tensor that is quantised, the same on all ranks, which measure their boxes and take the largest of all."""
+def _scales(leaves: Mapping[str, torch.Tensor], names: Mapping[str, str], wanted: Mapping[str, Wanted],
+            boxes: Mapping[str, tuple], fp8: Mapping[str, Fp8Out], mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
+    """The scales of every tensor that is quantised, the same on all ranks, which measure their boxes and take the
+    largest of all."""
     members: dict[str, dict[str, int]] = {}                              # leaf -> its quantised tensors, numbered
     for n, w in wanted.items():
         if n in fp8:
@@ -276,10 +294,11 @@ def _scales(leaves: Mapping[str, torch.Tensor], names: Mapping[str, str], wanted
 
         with ThreadPoolExecutor(THREADS) as pool:
             maxima = dict(zip(members, pool.map(measure, members), strict=True))
-    for leaf, x in leaves.items():                                       # in one order, and where no rank alone can fail
+    for leaf, x in leaves.items():  # in one order, and where no rank alone can fail
         for dim in range(x.ndim if leaf in members else 0):
             max_along(maxima[leaf], x, dim)
-    return {n: quantised.choose(maxima[leaf][:, i], fp8[n], old.get(n)) for leaf, number in members.items() for n, i in number.items()}
+    return {n: quantised.choose(maxima[leaf][:, i], fp8[n], old.get(n)) for leaf, number in members.items()
+            for n, i in number.items()}
 
 
 def _copy_others(like: str | Path | None, work: Path, settings: Mapping[str, Any]) -> None:
@@ -287,7 +306,8 @@ def _copy_others(like: str | Path | None, work: Path, settings: Mapping[str, Any
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             with files.writing(work / file.name) as fd:
                 content = file.read_bytes()
-                files.pwrite(fd, memoryview(quantised.configured(content, settings) if file.name == "config.json" else content), 0)
+                files.pwrite(fd, memoryview(quantised.configured(content, settings) if file.name == "config.json"
+                                            else content), 0)
 
 
 def _mesh(meshes: Iterator[DeviceMesh]) -> DeviceMesh | None:
@@ -311,6 +331,7 @@ def _together(mesh: DeviceMesh | None) -> Iterator[None]:
         said = tell_all(mesh, None if error is None else f"{type(error).__name__}: {error}")
         failed = {rank: text for rank, text in said.items() if text is not None}
         if failed and error is None:
-            error = RuntimeError("hf: another rank failed. " + "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items())))
+            error = RuntimeError("hf: another rank failed. "
+                                 + "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items())))
     if error is not None:
         raise error

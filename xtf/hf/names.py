@@ -1,7 +1,7 @@
 """What a leaf is called in the files, and whether a directory's tensors are those of the leaves.
 
-A name is that of one tensor; or with `{e}` in it that of as many as the leaf has rows, stacked (`experts.{e}.up_proj.weight`); or, if it
-is `Transposed`, of a tensor whose last two dims are swapped in the files.
+A name is that of one tensor; or with `{e}` in it that of as many as the leaf has rows, stacked
+(`experts.{e}.up_proj.weight`); or, if it is `Transposed`, of a tensor whose last two dims are swapped in the files.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -39,7 +39,8 @@ def file_tensors(names: Mapping[str, str], leaf: str, whole: torch.Tensor) -> di
 
 
 def cut(name: str, offset: Shape, box: torch.Tensor) -> Iterator[tuple[str, Shape, torch.Tensor]]:
-    """A leaf's box as the files have it: (tensor, offset there, view of the box). The only place that knows what names mean."""
+    """A leaf's box as the files have it: (tensor, offset there, view of the box). The only place that knows what names
+    mean."""
     stacked = [(name, offset, box)]
     if "{e}" in name:
         stacked = [(name.replace("{e}", str(offset[0] + i)), offset[1:], x) for i, x in enumerate(box.unbind())]
@@ -51,20 +52,22 @@ def wanted(leaves: Mapping[str, Any], names: Mapping[str, str], what: str) -> di
     """The tensors that these leaves (Params or tensors) are in the files: name -> (shape, dtype of the leaf)."""
     unnamed, unknown = sorted(leaves.keys() - names.keys()), sorted(names.keys() - leaves.keys())
     if unnamed or unknown:
-        raise ValueError(f"hf: names and {what} do not fit: {what} without a name: {unnamed}; names without {what}: {unknown}; "
-                         "use the names(cfg) of the model and config that made them")
+        raise ValueError(f"hf: names and {what} do not fit: {what} without a name: {unnamed}; names without {what}: "
+                         f"{unknown}; use the names(cfg) of the model and config that made them")
     out: dict[str, Wanted] = {}
     for leaf, x in leaves.items():
         for name, tensor in file_tensors(names, leaf, torch.empty(tuple(x.shape), device="meta")).items():
             if name in out:
-                raise ValueError(f"hf: leaves {out[name].leaf} and {leaf} have the same name in the files, {name}; correct names")
+                raise ValueError(f"hf: leaves {out[name].leaf} and {leaf} have the same name in the files, {name}; "
+                                 "correct names")
             out[name] = Wanted(tuple(tensor.shape), x.dtype, leaf)
     return out
 
 
 def match(path: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Wanted], ignore: Sequence[str],
            tied: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Check files against leaves; returns (twin -> the tensor it repeats, ignored tensors). The error lists all that is wrong."""
+    """Check files against leaves; returns (twin -> the tensor it repeats, ignored tensors). The error lists all that is
+    wrong."""
     def original(n: str | None) -> str | None:                           # the copy of a tied head is the embedding's
         while n is not None and n not in wanted:
             n = next((name for glob, name in tied.items() if fnmatchcase(n, glob)), None)
@@ -77,8 +80,10 @@ def match(path: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Wa
     wrong = [f"{n} ({found[n].file.name}) has shape {list(found[n].shape)}, expected {list(w.shape)}"
              for n, w in wanted.items() if n in found and found[n].shape != w.shape]
     wrong += [f"{n} ({found[n].file.name}) holds {found[n].dtype}, expected {w.dtype}"
-              for n, w in wanted.items() if n in found and found[n].dtype.is_floating_point != w.dtype.is_floating_point]
-    wrong += [f"{twin} ({found[twin].file.name}) is tied to {name} but differs in dtype or shape" for twin, name in twins.items()
+              for n, w in wanted.items() if n in found
+              and found[n].dtype.is_floating_point != w.dtype.is_floating_point]
+    wrong += [f"{twin} ({found[twin].file.name}) is tied to {name} but differs in dtype or shape"
+              for twin, name in twins.items()
               if name in found and (found[twin].dtype, found[twin].shape) != (found[name].dtype, found[name].shape)]
     if missing or extra or wrong:
         problems = ["missing: " + some(missing)] * bool(missing)

@@ -1,8 +1,9 @@
 """Quantised tensors of Hugging Face directories: two or more tensors in the files that are read, box by box, as one.
 
-Two formats. Block FP8 (DeepSeek V3, Kimi K2; section 3.3.2 of arXiv:2412.19437): X in float8_e4m3fn and X_scale_inv, a scale for each
-block of 128 × 128, so that values are q · scale. MXFP4 (GPT-OSS; OCP Microscaling Formats 1.0): X_blocks [..., groups, 16] with two
-e2m1 numbers a byte, the lower nibble first, and X_scales [..., groups], the biased exponent of each 32 numbers.
+Two formats. Block FP8 (DeepSeek V3, Kimi K2; section 3.3.2 of arXiv:2412.19437): X in float8_e4m3fn and X_scale_inv, a
+scale for each block of 128 × 128, so that values are q · scale. MXFP4 (GPT-OSS; OCP Microscaling Formats 1.0): X_blocks
+[..., groups, 16] with two e2m1 numbers a byte, the lower nibble first, and X_scales [..., groups], the biased exponent
+of each 32 numbers.
 """
 import json
 import re
@@ -27,7 +28,8 @@ DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"
 
 @dataclass(frozen=True)
 class BlockFp8:
-    """X and X_scale_inv as one tensor: values [..., rows, columns], scales [..., rows / block, columns / block] (rounded up)."""
+    """X and X_scale_inv as one tensor: values [..., rows, columns], scales [..., rows / block, columns / block]
+    (rounded up)."""
     values: Entry
     scales: Entry
     name: str
@@ -45,7 +47,8 @@ class BlockFp8:
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """X_blocks [E, rows, groups, 16] and X_scales [E, rows, groups] as one tensor [E, 32 · groups, rows]: transposed, as X is where it is bf16."""
+    """X_blocks [E, rows, groups, 16] and X_scales [E, rows, groups] as one tensor [E, 32 · groups, rows]: transposed,
+    as X is where it is bf16."""
     values: Entry
     scales: Entry
     name: str
@@ -77,29 +80,34 @@ def config(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a model's configuration ({type(e).__name__}: {e}); fetch it again") from e
     only = {"quant_method": ("fp8", "mxfp4")}
     if method == "fp8":
-        only |= {"fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None), "expert_dtype": ("fp8", None), "activation_scheme": ("dynamic", None)}
+        only |= {"fmt": ("e4m3", None), "scale_fmt": ("float", "ue8m0", None), "expert_dtype": ("fp8", None),
+                 "activation_scheme": ("dynamic", None)}
     for name, values in only.items() if found else ():
         if found.get(name) not in values:
-            raise ValueError(f"{file}: quantization_config.{name}={found.get(name)!r} is not supported, only {', '.join(map(str, values))}; "
-                             "convert the directory first")
+            raise ValueError(f"{file}: quantization_config.{name}={found.get(name)!r} is not supported, only "
+                             f"{', '.join(map(str, values))}; convert the directory first")
     size = found.get("weight_block_size", [128, 128])
-    if method == "fp8" and not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise ValueError(f"{file}: quantization_config.weight_block_size={size!r} is not supported, only two whole numbers; "
-                         "convert the directory first")
+    if method == "fp8" and not (isinstance(size, list) and len(size) == 2
+                                and all(type(n) is int and n > 0 for n in size)):
+        raise ValueError(f"{file}: quantization_config.weight_block_size={size!r} is not supported, only two whole "
+                         "numbers; convert the directory first")
     return found
 
 
 def configured(text: bytes, settings: Mapping[str, Any]) -> bytes:
-    """A config.json whose quantization_config is `settings`, none if they are empty; the same bytes where it is so already."""
+    """A config.json whose quantization_config is `settings`, none if they are empty; the same bytes where it is so
+    already."""
     fields = json.loads(text)
     if (fields.get("quantization_config") or {}) == settings:
         return text
-    fields = {k: v for k, v in fields.items() if k != "quantization_config"} | ({"quantization_config": dict(settings)} if settings else {})
+    fields = {k: v for k, v in fields.items() if k != "quantization_config"} | ({"quantization_config": dict(settings)}
+                                                                                if settings else {})
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def fold(path: str | Path, found: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a directory, those that are quantised each as one, under the name and shape that they have in bf16 directories.
+    """The tensors of a directory, those that are quantised each as one, under the name and shape that they have in bf16
+    directories.
 
     Raises ValueError listing every quantised tensor of which a part is missing or does not fit the others.
     """
@@ -124,13 +132,15 @@ def fold(path: str | Path, found: Mapping[str, Entry], config: Mapping[str, Any]
             wants = f"torch.float8_e4m3fn and, for blocks of {block[0]} × {block[1]}, floating scales {list(grid(values.shape, block))}"
             out[name] = BlockFp8(values, scales, name, block)
         else:
-            fits = values.dtype == scales.dtype == torch.uint8 and values.shape == (*scales.shape, 16) and len(scales.shape) == 3
+            fits = values.dtype == scales.dtype == torch.uint8 and values.shape == (*scales.shape,
+                                                                                    16) and len(scales.shape) == 3
             wants = "uint8 [experts, rows, groups, 16] and [experts, rows, groups]"
             if name in found:
                 wrong.append(f"{where} and {name} ({found[name].file.name}) too; remove the one that is not meant")
             out[name] = Mxfp4(values, scales, name)
         if not fits:
-            wrong.append(f"{where} hold {values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)}, expected {wants}")
+            wrong.append(f"{where} hold {values.dtype} {list(values.shape)} and {scales.dtype} {list(scales.shape)}, "
+                         f"expected {wants}")
     if wrong:
         raise ValueError(f"{path}: quantised tensors are incomplete, fetch them again. " + some(wrong, "; "))
     return out
@@ -157,8 +167,8 @@ def grid(shape: Shape, block: tuple[int, ...]) -> Shape:
 def read_into(tensor: Tensor, offset: Shape, out: torch.Tensor) -> None:
     """Fill `out` with the box at `offset`: values · scales in float32, then converted to its dtype.
 
-    That is what transformers' Fp8Dequantize and convert_moe_packed_tensors compute, bit for bit in every dtype. Reads no more than the box,
-    its scales and, of MXFP4, the rest of the groups of 32 that it cuts.
+    That is what transformers' Fp8Dequantize and convert_moe_packed_tensors compute, bit for bit in every dtype. Reads
+    no more than the box, its scales and, of MXFP4, the rest of the groups of 32 that it cuts.
 
     Raises ValueError naming the tensor where a scale is not finite.
     """
@@ -167,7 +177,8 @@ def read_into(tensor: Tensor, offset: Shape, out: torch.Tensor) -> None:
     step = max(1, (1 << 22) // max(1, out[:1].numel()))                  # float32 for a part at a time
     for i in range(0, len(out) if out.numel() else 0, step):
         at, part = (offset[0] + i, *offset[1:]), out[i:i + step]
-        part.copy_(_fp8(tensor, at, tuple(part.shape)) if isinstance(tensor, BlockFp8) else _mxfp4(tensor, at, tuple(part.shape)))
+        part.copy_(_fp8(tensor, at, tuple(part.shape)) if isinstance(tensor, BlockFp8)
+                   else _mxfp4(tensor, at, tuple(part.shape)))
 
 
 def _fp8(tensor: BlockFp8, offset: Shape, size: Shape) -> torch.Tensor:
@@ -190,7 +201,8 @@ def _mxfp4(tensor: Mxfp4, offset: Shape, size: Shape) -> torch.Tensor:
 
 def _check(finite: bool, tensor: BlockFp8 | Mxfp4) -> None:
     if not finite:
-        raise ValueError(f"{tensor.scales.file}: {tensor.name} has scales that are not finite; the file is corrupt, fetch it again")
+        raise ValueError(f"{tensor.scales.file}: {tensor.name} has scales that are not finite; the file is corrupt, "
+                         "fetch it again")
 
 
 def covered(offset: Shape, size: Shape, block: tuple[int, ...]) -> tuple[slice, ...]:
@@ -210,55 +222,63 @@ def _spread(scales: torch.Tensor, offset: Shape, size: Shape, block: tuple[int, 
     return scales
 
 
-# ---- on the way out -----------------------------------------------------------------------------------------------------
+# ---- on the way out --------------------------------------------------------------------------------------------------
 
 class Fp8Out(NamedTuple):
-    """How a tensor is quantised: the scales' dtype, whether they are powers of two, and the scales that `like` has for it."""
+    """How a tensor is quantised: the scales' dtype, whether they are powers of two, and the scales that `like` has for
+    it."""
     block: tuple[int, ...]
     scale_dtype: torch.dtype
     power_of_two: bool
     old: Entry | None
 
 
-def fp8_out(like: Mapping[str, Tensor], config: Mapping[str, Any], wanted: Mapping[str, Shape]) -> tuple[dict[str, Fp8Out], dict[str, Any]]:
+def fp8_out(like: Mapping[str, Tensor], config: Mapping[str, Any],
+            wanted: Mapping[str, Shape]) -> tuple[dict[str, Fp8Out], dict[str, Any]]:
     """Which tensors to write as block FP8, and the quantization_config that says so.
 
-    As `like` has them if it is an FP8 directory; else DeepSeek's choice: the matrices of attention, MLP and experts, of which the
-    router is none.
+    As `like` has them if it is an FP8 directory; else DeepSeek's choice: the matrices of attention, MLP and experts, of
+    which the router is none.
 
     Raises ValueError at experts stacked in one tensor, for which there is no such format.
     """
     if any(isinstance(t, BlockFp8) for t in like.values()):
         power = config.get("scale_fmt") == "ue8m0"
-        return {n: Fp8Out(t.block, t.scales.dtype, power, t.scales) for n, t in like.items() if isinstance(t, BlockFp8)}, dict(config)
+        return {n: Fp8Out(t.block, t.scales.dtype, power, t.scales) for n, t in like.items()
+                if isinstance(t, BlockFp8)}, dict(config)
     stacked = [n for n, shape in wanted.items() if len(shape) > 2]
     if stacked:
-        raise ValueError(f"hf.save: {stacked[0]} holds all experts; block FP8 has a tensor for each of them: write bf16 (without --export-fp8, "
-                         "quantise=None)")
+        raise ValueError(f"hf.save: {stacked[0]} holds all experts; block FP8 has a tensor for each of them: write "
+                         "bf16 (without --export-fp8, quantise=None)")
     return {n: Fp8Out((128, 128), torch.float32, False, None) for n in wanted if PRODUCTS.search(n)}, DEEPSEEK
 
 
 def measure(x: torch.Tensor, offset: Shape, out: Fp8Out, old: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Of each block that the box `x` touches, [2, ..., rows, columns]: its largest magnitude, and 1 if `old` scales cannot say its values exactly.
+    """Of each block that the box `x` touches, [2, ..., rows, columns]: its largest magnitude, and 1 if `old` scales
+    cannot say its values exactly.
 
     Maxima of both over all ranks are what `choose` needs, so that boxes need not end where blocks do.
 
     Raises ValueError naming the tensor if a value is not finite.
     """
     if not x.isfinite().all():
-        raise ValueError(f"hf.save: {name} has values that are not finite, which FP8 cannot hold; look into the run, or write bf16 (quantise=None)")
+        raise ValueError(f"hf.save: {name} has values that are not finite, which FP8 cannot hold; look into the run, "
+                         "or write bf16 (quantise=None)")
     unlike = torch.ones_like(x, dtype=torch.float32)
     if old is not None:
-        scales = _spread(old.to(x.device)[covered(offset, tuple(x.shape), out.block)].float(), offset, tuple(x.shape), out.block)
+        scales = _spread(old.to(x.device)[covered(offset, tuple(x.shape), out.block)].float(), offset, tuple(x.shape),
+                         out.block)
         unlike = (_to_fp8(x, scales).float().mul_(scales).to(x.dtype) != x).float()
-    pads = [n for dim in (-1, -2) for n in (offset[dim] % out.block[dim], -(offset[dim] + x.shape[dim]) % out.block[dim])]
+    pads = [n for dim in (-1, -2)
+            for n in (offset[dim] % out.block[dim], -(offset[dim] + x.shape[dim]) % out.block[dim])]
     both = F.pad(torch.stack([x.abs().float(), unlike]), pads)
     return both.unflatten(-1, (-1, out.block[1])).unflatten(-3, (-1, out.block[0])).amax((-3, -1))
 
 
 def choose(measured: torch.Tensor, out: Fp8Out, old: torch.Tensor | None) -> torch.Tensor:
-    """The scales [..., rows, columns] from `measure`'s maxima: the old one where it says the block exactly, so that what did not change is
-    written as it was; else largest magnitude / 448, as DeepSeek's quantiser (rounded up to a power of two if theirs are; 1 for a block of zeros).
+    """The scales [..., rows, columns] from `measure`'s maxima: the old one where it says the block exactly, so that
+    what did not change is written as it was; else largest magnitude / 448, as DeepSeek's quantiser (rounded up to a
+    power of two if theirs are; 1 for a block of zeros).
     """
     largest, unlike = measured
     new = torch.where(largest > 0, largest / LARGEST, 1.0)
@@ -266,7 +286,8 @@ def choose(measured: torch.Tensor, out: Fp8Out, old: torch.Tensor | None) -> tor
         mantissa, exponent = torch.frexp(new)
         new = torch.ldexp(torch.ones_like(new), exponent - (mantissa == 0.5).int())
     new = new.to(out.scale_dtype)
-    return new if old is None else torch.where(unlike.bool(), new.float(), old.to(new.device).float()).to(out.scale_dtype)
+    return new if old is None else torch.where(unlike.bool(), new.float(),
+                                               old.to(new.device).float()).to(out.scale_dtype)
 
 
 def encode(x: torch.Tensor, offset: Shape, scales: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:

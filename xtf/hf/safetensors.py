@@ -1,7 +1,9 @@
-"""The safetensors file format: headers read and checked, boxes of tensors read and written in place, directories replaced whole.
+"""The safetensors file format: headers read and checked, boxes of tensors read and written in place, directories
+replaced whole.
 
-A file is 8 bytes (the header's length, little endian), a JSON header (name -> dtype, shape, byte offsets) and the tensors' bytes,
-row-major, without gaps (https://github.com/huggingface/safetensors, "Format"). A *box* is (offset, size), one number a dim.
+A file is 8 bytes (the header's length, little endian), a JSON header (name -> dtype, shape, byte offsets) and the
+tensors' bytes, row-major, without gaps (https://github.com/huggingface/safetensors, "Format"). A *box* is (offset,
+size), one number a dim.
 """
 import json
 import math
@@ -18,9 +20,11 @@ import numpy as np
 import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-          "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+          "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+          "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 Shape = tuple[int, ...]
 
@@ -38,13 +42,13 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 def directory(path: str | Path) -> dict[str, Entry]:
     """Every tensor of a Hugging Face directory, from the headers alone.
 
-    Raises FileNotFoundError where there are no safetensors or a shard is missing, ValueError where a header is corrupt or the
-    index and the files disagree.
+    Raises FileNotFoundError where there are no safetensors or a shard is missing, ValueError where a header is corrupt
+    or the index and the files disagree.
     """
     path = Path(path)
     single, index = path / SINGLE, path / INDEX
@@ -57,17 +61,20 @@ def directory(path: str | Path) -> dict[str, Entry]:
     weight_map = _weight_map(index)
     missing = sorted({f for f in weight_map.values() if not (path / f).is_file()})
     if missing:
-        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}; fetch them, or correct the index")
+        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}; fetch them, or "
+                                "correct the index")
     out: dict[str, Entry] = {}
     for file in sorted(set(weight_map.values())):
         for name, entry in header(path / file).items():
             if name in out:
-                raise ValueError(f"{path}: tensor {name} is in two shards, {out[name].file.name} and {file}; remove one of them")
+                raise ValueError(f"{path}: tensor {name} is in two shards, {out[name].file.name} and {file}; remove "
+                                 "one of them")
             out[name] = entry
     wrong = [f"{n} (not in {f})" for n, f in weight_map.items() if n not in out or out[n].file.name != f]
     wrong += [f"{n} (in {e.file.name}, not in the index)" for n, e in out.items() if n not in weight_map]
     if wrong:
-        raise ValueError(f"{index} and its files disagree on tensors: {', '.join(wrong)}; fetch the directory again, or correct the index")
+        raise ValueError(f"{index} and its files disagree on tensors: {', '.join(wrong)}; fetch the directory again, "
+                         "or correct the index")
     return out
 
 
@@ -76,8 +83,8 @@ def _nothing(path: Path) -> str:
         return f"{path} is not a directory: give a Hugging Face directory with {SINGLE} or {INDEX}"
     names = sorted(f.name for f in path.iterdir())
     if any(n.endswith((".bin", ".pt", ".pth")) for n in names) and not any(n.endswith(".safetensors") for n in names):
-        return (f"{path} has pickled weights only, which can run code when they are opened: convert them, for instance with "
-                "transformers' from_pretrained(...).save_pretrained(...), which writes safetensors")
+        return (f"{path} has pickled weights only, which can run code when they are opened: convert them, for "
+                "instance with transformers' from_pretrained(...).save_pretrained(...), which writes safetensors")
     found = ", ".join(n for n in names if "safetensors" in n) or "no safetensors at all"
     return f"{path} has neither {SINGLE} nor {INDEX} (found: {found})"
 
@@ -105,7 +112,8 @@ def header(file: str | Path) -> dict[str, Entry]:
             raise ValueError(f"{file}: {file_size} bytes are no safetensors file; fetch it again")
         length = struct.unpack("<Q", _pread(fd, 8, 0, file))[0]
         if 8 + length > file_size:
-            raise ValueError(f"{file}: corrupt or truncated: a header of {length} bytes in a file of {file_size}; fetch it again")
+            raise ValueError(f"{file}: corrupt or truncated: a header of {length} bytes in a file of {file_size}; "
+                             "fetch it again")
         text = _pread(fd, length, 8, file)
     finally:
         os.close(fd)
@@ -147,7 +155,8 @@ def _entry(file: Path, name: str, field: Any, data: int) -> tuple[Entry, tuple[i
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{file}: corrupt header: tensor {name}: {type(e).__name__}: {e}; fetch the file again") from e
     if code not in DTYPES:
-        raise ValueError(f"{file}: tensor {name} has unsupported dtype {code} (supported: {', '.join(DTYPES)}); convert it first")
+        raise ValueError(f"{file}: tensor {name} has unsupported dtype {code} (supported: {', '.join(DTYPES)}); "
+                         "convert it first")
     entry = Entry(file, DTYPES[code], shape, data + begin)
     if end - begin != entry.nbytes:
         raise ValueError(f"{file}: corrupt header: tensor {name} of {code} {list(shape)} needs {entry.nbytes} bytes, "
@@ -192,8 +201,8 @@ def runs(shape: Shape, offset: Shape, size: Shape) -> tuple[int, list[int]]:
 
 
 def read(entry: Entry, offset: Shape, size: Shape) -> torch.Tensor:
-    """A box of a tensor in the file's dtype: one pread where it is contiguous, else a copy from a memory map (3 to 6 times faster
-    than a pread for each row of a kilobyte)."""
+    """A box of a tensor in the file's dtype: one pread where it is contiguous, else a copy from a memory map (3 to 6
+    times faster than a pread for each row of a kilobyte)."""
     out = torch.empty(size, dtype=entry.dtype)
     _read(entry, offset, out)
     return out
@@ -229,10 +238,11 @@ def _copy_strided(entry: Entry, offset: Shape, out: torch.Tensor) -> None:
     as_bytes(out).reshape(*out.shape[:-1], n)[...] = source[(*box, slice(low, low + n))]
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 def assign(nbytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
-    """Which file each tensor goes to, in the order given: a new file where the next tensor would pass `max_shard_bytes`.
+    """Which file each tensor goes to, in the order given: a new file where the next tensor would pass
+    `max_shard_bytes`.
 
     >>> assign({"a": 6, "b": 6, "c": 2}, 8)
     {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00002-of-00002.safetensors', 'c': 'model-00002-of-00002.safetensors'}
@@ -245,8 +255,10 @@ def assign(nbytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
     return {n: SINGLE if shard == 0 else f"model-{i + 1:05}-of-{shard + 1:05}.safetensors" for n, i in shards.items()}
 
 
-def plan(folder: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], files: Mapping[str, str]) -> tuple[dict[str, Entry], dict[Path, bytes]]:
-    """Where each tensor's bytes go, and each file's header: a pure function of its arguments, so that ranks need not talk.
+def plan(folder: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]],
+         files: Mapping[str, str]) -> tuple[dict[str, Entry], dict[Path, bytes]]:
+    """Where each tensor's bytes go, and each file's header: a pure function of its arguments, so that ranks need not
+    talk.
 
     Wide dtypes come first and then names in order, as in the files of the safetensors package.
     """
@@ -295,7 +307,8 @@ def writing(file: Path) -> Iterator[int]:
     except OSError as e:
         if e.filename is not None:
             raise
-        raise OSError(e.errno, f"{e.strerror} while writing (free some space, or choose another directory)", str(file)) from e
+        raise OSError(e.errno, f"{e.strerror} while writing (free some space, or choose another directory)",
+                      str(file)) from e
 
 
 def write(fd: int, entry: Entry, offset: Shape, values: torch.Tensor) -> None:
@@ -316,7 +329,7 @@ def pwrite(fd: int, view: memoryview, position: int) -> None:
         view, position = view[count:], position + count
 
 
-# ---- directories --------------------------------------------------------------------------------------------------------
+# ---- directories -----------------------------------------------------------------------------------------------------
 
 def partial(path: Path) -> Path:
     """The directory beside `path` in which its successor is written."""
@@ -326,15 +339,16 @@ def partial(path: Path) -> Path:
 def begin(path: Path) -> Path:
     """An empty directory to write the successor of `path` in.
 
-    Raises FileExistsError if `path` is anything but absent, empty, or a flat directory with safetensors: it will be replaced whole.
+    Raises FileExistsError if `path` is anything but absent, empty, or a flat directory with safetensors: it will be
+    replaced whole.
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file: choose another path for the directory")
     inside = list(path.iterdir()) if path.exists() else []
     odd = [f.name for f in inside if f.is_dir()]
     if odd or (inside and not any(f.suffix == ".safetensors" for f in inside)):
-        raise FileExistsError(f"{path} would be replaced whole, but it holds {', '.join(odd) or 'files and no safetensors'}: "
-                              "choose another path, or move these away")
+        raise FileExistsError(f"{path} would be replaced whole, but it holds "
+                              f"{', '.join(odd) or 'files and no safetensors'}: choose another path, or move these away")
     work = partial(path)
     shutil.rmtree(work, ignore_errors=True)                              # left by a run that was killed
     work.mkdir(parents=True)

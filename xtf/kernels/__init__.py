@@ -4,7 +4,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def functorch_active() -> bool:
-    """Whether a `torch.func` transform (vmap, grad, jvp, ...) is running: fast versions step aside for the references then."""
+    """Whether a `torch.func` transform (vmap, grad, jvp, ...) is running: fast versions step aside for the references
+    then."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -21,12 +22,14 @@ def _faking() -> bool:
 
 
 def is_fake(x: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers (`xtf.plan`): nothing may be read from it, no kernel be launched on it."""
+    """Whether a tensor has a shape and no numbers (`xtf.plan`): nothing may be read from it, no kernel be launched on
+    it."""
     return isinstance(x, FakeTensor)
 
 
 def as_cuda(x: torch.Tensor) -> bool:
-    """Whether what is made for CUDA computes this tensor: on the device `meta` stands a GPU that is only planned for."""
+    """Whether what is made for CUDA computes this tensor: on the device `meta` stands a GPU that is only planned
+    for."""
     return x.device.type in ("cuda", "meta")
 
 
@@ -41,11 +44,13 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 # Asked once: torch.compile does not trace these questions.
 _SLOW_ON_CPU = tuple(dtype for dtype, fast in ((torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
-                                               (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported)) if not fast())
+                                               (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported))
+                     if not fast())
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a product of `dtype` operands is computed: float32 for bf16 and fp16 on processors without such products.
+    """The dtype in which a product of `dtype` operands is computed: float32 for bf16 and fp16 on processors without
+    such products.
 
     There a bf16 product is up to a hundred times as slow as a float32 one.
 

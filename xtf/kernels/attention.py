@@ -1,8 +1,8 @@
 """Causal attention inside each document of a pack.
 
-On CPU, blocks of queries meet the keys that they may see in batched products: measured 1.25 to 1.6 times as fast as torch's flash kernel at
-documents of 64 to 1024 tokens, and more in half precision, where they compute in float32. Small calls go to torch's masked attention, for the
-host's sake. On CUDA it is flash attention over varying lengths.
+On CPU, blocks of queries meet the keys that they may see in batched products: measured 1.25 to 1.6 times as fast as
+torch's flash kernel at documents of 64 to 1024 tokens, and more in half precision, where they compute in float32. Small
+calls go to torch's masked attention, for the host's sake. On CUDA it is flash attention over varying lengths.
 
 P packs   T positions of a pack   S documents   H query heads   K key-value heads   G = H / K   d head dim
 e head dim of values (MLA's differs from d)   B queries of a block   R = B * G its rows   W keys that it meets
@@ -23,16 +23,17 @@ from xtf.kernels import as_cuda, at_least_float32, functorch_active, traced
 Tensor = torch.Tensor
 BLOCK = 64                      # queries of a block: 32 loses at long documents, 128 wastes a diagonal twice as wide
 SMALL = 2 ** 22                 # multiplications of a call, P * T * T * H * d, below which the host's time decides
-KEPT_KEYS = 4                   # probabilities are saved for backward where a query meets at most 4 * d keys, else computed again
+KEPT_KEYS = 4  # probabilities are saved for backward where a query meets at most 4 * d keys, else computed again
 
 
-def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, window: int | None = None, scale: float | None = None,
-           sinks: Tensor | None = None, cache: Any = None) -> Tensor:
+def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, window: int | None = None,
+           scale: float | None = None, sinks: Tensor | None = None, cache: Any = None) -> Tensor:
     """Causal attention in which a token sees the tokens of its own document alone. Returns o_PTHe in the dtype of q.
 
-    `segments` [P, S + 1] int32: cumulative document lengths, from 0, padded with T. `window` w: a query sees itself and the w - 1
-    tokens before it. `scale` multiplies the scores (default d ** -0.5). `sinks` [H]: the score of one more key, with value zero, that
-    every query sees (GPT-OSS). Query heads in groups of H / K share a key-value head. Statistics are in at least float32.
+    `segments` [P, S + 1] int32: cumulative document lengths, from 0, padded with T. `window` w: a query sees itself and
+    the w - 1 tokens before it. `scale` multiplies the scores (default d ** -0.5). `sinks` [H]: the score of one more
+    key, with value zero, that every query sees (GPT-OSS). Query heads in groups of H / K share a key-value head.
+    Statistics are in at least float32.
 
     Raises NotImplementedError for `cache` and ValueError where shapes do not fit.
 
@@ -42,7 +43,8 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, 
     True
     """
     if cache is not None:
-        raise NotImplementedError("attend: cache= (decoding with a key-value cache) is not supported yet; call it without")
+        raise NotImplementedError("attend: cache= (decoding with a key-value cache) is not supported yet; call it "
+                                  "without")
     _check(q_PTHd, k_PTKd, v_PTKe, segments, window, sinks)
     if functorch_active():
         return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
@@ -91,10 +93,12 @@ def visible(segments: Tensor, T: int, window: int | None = None) -> Tensor:
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int | None, sinks: Tensor | None) -> None:
     if (k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]
             or segments.shape[0] != q.shape[0]):
-        raise ValueError(f"attend: q {tuple(q.shape)} [P, T, H, d], k {tuple(k.shape)} [P, T, K, d], v {tuple(v.shape)} [P, T, K, e] and segments "
-                         f"{tuple(segments.shape)} [P, S + 1] do not fit: P, T, d must agree and K divide H")
+        raise ValueError(f"attend: q {tuple(q.shape)} [P, T, H, d], k {tuple(k.shape)} [P, T, K, d], v "
+                         f"{tuple(v.shape)} [P, T, K, e] and segments {tuple(segments.shape)} [P, S + 1] do not fit: "
+                         "P, T, d must agree and K divide H")
     if window is not None and window < 1:
-        raise ValueError(f"attend: window={window} hides every key; it counts the query itself, so it is at least 1 (None: no window)")
+        raise ValueError(f"attend: window={window} hides every key; it counts the query itself, so it is at least 1 "
+                         "(None: no window)")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"attend: sinks has shape {tuple(sinks.shape)}; expected one a query head, ({q.shape[2]},)")
 
@@ -102,7 +106,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int | None
 # ---------------------------------------------------------------- CPU
 
 class Block(NamedTuple):
-    """Queries start:stop of a pack and the keys low:stop that any of them sees; keys before `high` are hidden from some."""
+    """Queries start:stop of a pack and the keys low:stop that any of them sees; keys before `high` are hidden from
+    some."""
     pack: int
     start: int
     stop: int
@@ -112,7 +117,8 @@ class Block(NamedTuple):
 
 
 def _blocks(segments: Tensor, T: int, window: int | None) -> list[Block]:
-    """Cut each pack into blocks of at most BLOCK queries, at the ends of documents where that leaves at least half a block."""
+    """Cut each pack into blocks of at most BLOCK queries, at the ends of documents where that leaves at least half a
+    block."""
     blocks: list[Block] = []
     for pack, ends in enumerate(segments.tolist()):
         start, spans = 0, []                                                   # (start, stop, low, high)
@@ -150,7 +156,8 @@ def _once(segments: Tensor, make: Callable[..., Any], *args: Any) -> Any:
 def _queries(x_PTHd: Tensor, b: Block, K: int) -> Tensor:
     """A block's queries as a view [K, B, G, d]. (`as_strided` is one call where indexing and transposing are five.)"""
     (sp, st, sh, sd), G = x_PTHd.stride(), x_PTHd.shape[2] // K
-    return x_PTHd.as_strided((K, b.stop - b.start, G, x_PTHd.shape[3]), (G * sh, st, sh, sd), x_PTHd.storage_offset() + b.pack * sp + b.start * st)
+    return x_PTHd.as_strided((K, b.stop - b.start, G, x_PTHd.shape[3]), (G * sh, st, sh, sd),
+                             x_PTHd.storage_offset() + b.pack * sp + b.start * st)
 
 
 def _keys(x_PTKd: Tensor, b: Block) -> Tensor:
@@ -168,8 +175,9 @@ class _Scores:
     """Makes probabilities, in room for the largest block's scores, with what the blocks of a call share."""
 
     def __init__(self, blocks: list[Block], q_PTHd: Tensor, sinks_KG: Tensor | None, scale: float):
-        self.front = int(sinks_KG is not None)                                 # a sink's scores stand before those of the keys
-        self.size = q_PTHd.shape[2] * max(((b.stop - b.start) * (self.front + b.stop - b.low) for b in blocks), default=0)
+        self.front = int(sinks_KG is not None)  # a sink's scores stand before those of the keys
+        self.size = q_PTHd.shape[2] * max(((b.stop - b.start) * (self.front + b.stop - b.low) for b in blocks),
+                                          default=0)
         tall = max((b.stop - b.start for b in blocks), default=0)
         self.later_BB = q_PTHd.new_full((tall, tall), -torch.inf).triu_(1)     # a key after its query
         self.sinks_KG, self.scale = sinks_KG, scale
@@ -219,9 +227,10 @@ def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | Non
     return o_PTHe
 
 
-def _backward(g_PTHe: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | None, blocks: list[Block], scale: float,
-              kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then all probabilities are computed again."""
+def _backward(g_PTHe: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | None, blocks: list[Block],
+              scale: float, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then all probabilities are computed
+    again."""
     dq_PTHd, K, d = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), *k_PTKd.shape[2:]
     g, q, k, v = _widened(g_PTHe, q_PTHd, k_PTKd, v_PTKe)
     dk, dv, sinks_KG = k.new_zeros(k.shape), v.new_zeros(v.shape), _groups(sinks, K)
@@ -253,7 +262,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, segments, window, scale):
         ctx.blocks, ctx.scale, kept = _once(segments, _blocks, q.shape[1], window), scale, []
         o = _forward(q, k, v, sinks, ctx.blocks, scale, kept)
-        ctx.save_for_backward(q, k, v, sinks, *kept)                           # through autograd, so that remat and offload see them
+        ctx.save_for_backward(q, k, v, sinks, *kept)  # through autograd, so that remat and offload see them
         return o
 
     @staticmethod
@@ -263,10 +272,11 @@ class _Attend(torch.autograd.Function):
         return *_backward(g, q, k, v, sinks, ctx.blocks, ctx.scale, kept), None, None, None
 
 
-# ---------------------------------------------------------------- one operator, for torch.compile and the modes that look at operators
+# ------------------------------------------------- one operator, for torch.compile and the modes that look at operators
 
 @torch.library.custom_op("xtf::attend", mutates_args=(), device_types="cpu")
-def _op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, window: int | None, scale: float) -> Tensor:
+def _op(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, segments: Tensor, window: int | None,
+        scale: float) -> Tensor:
     return _forward(q, k, v, sinks, _blocks(segments, q.shape[1], window), scale, None)
 
 
@@ -331,7 +341,8 @@ def _flops_backward(g, q, k, v, sinks, segments, window, scale, *, out_val=None,
 # ---------------------------------------------------------------- accelerators
 
 def _load_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
-    """torch's flash attention over varying lengths and the names of its arguments, which changed between releases. A second to import."""
+    """torch's flash attention over varying lengths and the names of its arguments, which changed between releases. A
+    second to import."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -353,7 +364,8 @@ def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tenso
     ends = F.pad((segments[:, :-1] + first_P1).flatten(), (0, 1), value=P * T)  # documents of no token are harmless
     q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, F.pad(v_PTKe, (0, d - e)) if e < d else v_PTKe))
     options: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
-    options |= {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in takes else {"is_causal": True}
+    options |= {"window_size": (-1 if window is None else window - 1,
+                                0)} if "window_size" in takes else {"is_causal": True}
     if "enable_gqa" in takes:
         options["enable_gqa"] = k.shape[1] != H
     else:
@@ -366,8 +378,9 @@ def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tenso
 class _FlashWithSinks(torch.autograd.Function):
     """Flash attention [N, H, d] whose softmax has one more key, of which the kernel knows nothing.
 
-    Outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs and the grown logsumexp: its
-    probabilities are exp(score - logsumexp), and what it subtracts from their gradients is grad · output, also where a key has value zero.
+    Outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs and the grown
+    logsumexp: its probabilities are exp(score - logsumexp), and what it subtracts from their gradients is grad ·
+        output, also where a key has value zero.
     """
     @staticmethod
     def forward(ctx, q, k, v, sinks, ends, longest, window, scale):
@@ -394,20 +407,22 @@ def _flash_options(window: int | None, scale: float) -> dict[str, Any]:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Outputs [N, H, d], logsumexps [H, N], and two tensors of random state that backward asks for."""
-    return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, return_debug_mask=False, **options)[:4]
+    return torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, longest, longest, 0.0, return_debug_mask=False,
+                                                   **options)[:4]
 
 
-def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_HN: Tensor, ends: Tensor, longest: int, options: dict[str, Any],
-                    state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse_HN: Tensor, ends: Tensor, longest: int,
+                    options: dict[str, Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
     seed, unused = state
-    return torch.ops.aten._flash_attention_backward(g, q, k, v, o, lse_HN, ends, ends, longest, longest, 0.0, rng_state=seed, unused=unused,
-                                                    **options)
+    return torch.ops.aten._flash_attention_backward(g, q, k, v, o, lse_HN, ends, ends, longest, longest, 0.0,
+                                                    rng_state=seed, unused=unused, **options)
 
 
 def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                    sinks: Tensor | None) -> Tensor:
     if sinks is not None:
         return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
-    mask = (visible(segments, q_PTHd.shape[1], window) if traced() else _once(segments, visible, q_PTHd.shape[1], window))[:, None]
+    mask = (visible(segments, q_PTHd.shape[1], window) if traced()
+            else _once(segments, visible, q_PTHd.shape[1], window))[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_PTHd, k_PTKd, v_PTKe))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)

@@ -1,7 +1,9 @@
-"""The head's product and the cross-entropy of its logits in one function, by chunks of tokens: logits [T, V] never exist at once.
+"""The head's product and the cross-entropy of its logits in one function, by chunks of tokens: logits [T, V] never
+exist at once.
 
-`linear_cross_entropy` makes both gradients in forward, while a chunk's probabilities are there, so the three products of the head are
-all that is ever computed. `token_logprobs`, whose cotangents are not known in forward, computes the logits again in backward.
+`linear_cross_entropy` makes both gradients in forward, while a chunk's probabilities are there, so the three products
+of the head are all that is ever computed. `token_logprobs`, whose cotangents are not known in forward, computes the
+logits again in backward.
 
 T tokens   n of them with weight   C tokens of a chunk   V vocabulary   D hidden
 """
@@ -15,20 +17,23 @@ from torch.utils.flop_counter import register_flop_formula
 from xtf.kernels import as_cuda, at_least_float32, functorch_active, is_fake, product_dtype, traced
 
 Tensor = torch.Tensor
-MIN_CHUNK = 1024                                 # bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's
+MIN_CHUNK = 1024  # bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's
                                                  # gradient show (7 % at half of it)
 CPU_LOGITS, GPU_LOGITS = 2 ** 22, 2 ** 28        # elements of a chunk, where the vocabulary leaves room for more tokens
 
 
-def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *, z_loss: float = 0.0) -> Tensor:
-    """The sum over tokens of `weights * (nll + z_loss * lse ** 2)`, where the logits are `x @ weight.T` and lse is their logsumexp.
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *,
+                         z_loss: float = 0.0) -> Tensor:
+    """The sum over tokens of `weights * (nll + z_loss * lse ** 2)`, where the logits are `x @ weight.T` and lse is
+    their logsumexp.
 
-    `labels_T` int64; any valid id where `weights_T` is 0. Tokens of weight 0 are left out on CPU. Statistics and the gradients' sums are in
-    at least float32, and so is the scalar returned (nats). Memory: one chunk of logits, and the two gradients. Logits of narrower inputs
-    are float32 on CUDA; on CPU they carry the rounding of a product in the inputs' dtype.
+    `labels_T` int64; any valid id where `weights_T` is 0. Tokens of weight 0 are left out on CPU. Statistics and the
+    gradients' sums are in at least float32, and so is the scalar returned (nats). Memory: one chunk of logits, and the
+    two gradients. Logits of narrower inputs are float32 on CUDA; on CPU they carry the rounding of a product in the
+    inputs' dtype.
 
-    Raises ValueError where shapes do not fit or `weights_T` needs a gradient, RuntimeError at a second backward of one call
-    without `retain_graph=True`. z-loss: PaLM (arXiv 2204.02311), section 5.
+    Raises ValueError where shapes do not fit or `weights_T` needs a gradient, RuntimeError at a second backward of one
+    call without `retain_graph=True`. z-loss: PaLM (arXiv 2204.02311), section 5.
 
     >>> x, weight = torch.zeros(2, 4), torch.zeros(8, 4)
     >>> round(linear_cross_entropy(x, weight, torch.tensor([1, 2]), torch.tensor([1.0, 0.0])).item(), 4)    # ln 8
@@ -36,8 +41,9 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weig
     """
     _check(x_TD, weight_VD, labels_T)
     if weights_T.shape != labels_T.shape or weights_T.requires_grad:
-        raise ValueError(f"linear_cross_entropy: weights must have the labels' shape {tuple(labels_T.shape)} and need no gradient; got "
-                         f"{tuple(weights_T.shape)}, requires_grad={weights_T.requires_grad} (token_logprobs differentiates per token)")
+        raise ValueError(f"linear_cross_entropy: weights must have the labels' shape {tuple(labels_T.shape)} and need "
+                         f"no gradient; got {tuple(weights_T.shape)}, requires_grad={weights_T.requires_grad} "
+                         "(token_logprobs differentiates per token)")
     if functorch_active():
         return reference(x_TD, weight_VD, labels_T, weights_T, z_loss=z_loss)
     if traced():
@@ -51,7 +57,8 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weig
 def token_logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """The log-probability [T] of each label under logits `x @ weight.T`, in at least float32.
 
-    Backward computes the logits again by chunks, of the tokens whose cotangent is not 0 (on CUDA of all). Raises ValueError where shapes do not fit.
+    Backward computes the logits again by chunks, of the tokens whose cotangent is not 0 (on CUDA of all). Raises
+    ValueError where shapes do not fit.
 
     >>> token_logprobs(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2])).exp().tolist()
     [0.125, 0.125]
@@ -84,8 +91,8 @@ def _plain_logits(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
 
 def _check(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> None:
     if x_TD.dim() != 2 or weight_VD.dim() != 2 or x_TD.shape[1] != weight_VD.shape[1] or labels_T.shape != x_TD.shape[:1]:
-        raise ValueError(f"x {tuple(x_TD.shape)} [T, D], weight {tuple(weight_VD.shape)} [V, D] and labels {tuple(labels_T.shape)} [T] do not fit; "
-                         "flatten packs and positions to T first")
+        raise ValueError(f"x {tuple(x_TD.shape)} [T, D], weight {tuple(weight_VD.shape)} [V, D] and labels "
+                         f"{tuple(labels_T.shape)} [T] do not fit; flatten packs and positions to T first")
 
 
 # ---------------------------------------------------------------- products
@@ -98,13 +105,15 @@ def _operands(x_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(x_nD: Tensor, V: int) -> Iterator[slice]:
     """Slices of about equal length."""
-    n, size = len(x_nD), max(MIN_CHUNK // x_nD.dtype.itemsize, (CPU_LOGITS if x_nD.device.type == "cpu" else GPU_LOGITS) // V)
+    n, size = len(x_nD), max(MIN_CHUNK // x_nD.dtype.itemsize,
+                             (CPU_LOGITS if x_nD.device.type == "cpu" else GPU_LOGITS) // V)
     size = math.ceil(n / math.ceil(n / size)) if n else 1
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, narrow: Tensor | None = None) -> Tensor:
-    """`out = a @ b`, with `out` in at least float32; `narrow` is room for the product in the dtype of a and b, where it is made on CPU."""
+    """`out = a @ b`, with `out` in at least float32; `narrow` is room for the product in the dtype of a and b, where it
+    is made on CPU."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if as_cuda(a):
@@ -118,7 +127,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out=total)
     elif as_cuda(a):
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    else:                                        # widened in pieces that stay in cache: torch's sum over two dtypes takes five times as long
+    else:  # widened in pieces that stay in cache: torch's sum over two dtypes takes five times as long
         for total_part, part in zip(total.split(512), torch.mm(a, b).split(512), strict=True):
             total_part += part.to(total.dtype)
 
@@ -126,7 +135,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _to_probs(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """Turn logits into probabilities in place. Returns (label's logit, logsumexp), both [C].
 
-    The largest probability is exp(0) / sum, and never underflows; one fused softmax and two maxima are the fewest passes that torch has.
+    The largest probability is exp(0) / sum, and never underflows; one fused softmax and two maxima are the fewest
+    passes that torch has.
     """
     label_C, top_C = logits_CV.gather(1, labels_C1).squeeze(1), logits_CV.amax(-1)
     torch.softmax(logits_CV, -1, out=logits_CV)
@@ -135,11 +145,11 @@ def _to_probs(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- the loss
 
-def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, z_loss: float, needs_x: bool,
-                        needs_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, z_loss: float,
+                        needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and its gradients, in at least float32; the gradient of x for all T tokens."""
     T = len(x_TD)
-    readable = x_TD.device.type == "cpu" and not is_fake(weights_T)                          # counting on CUDA would wait for the device
+    readable = x_TD.device.type == "cpu" and not is_fake(weights_T)  # counting on CUDA would wait for the device
     chosen = weights_T.nonzero().squeeze(1) if readable else None
     if chosen is not None and len(chosen) < T:
         x_TD, labels_T, weights_T = (t.index_select(0, chosen) for t in (x_TD, labels_T, weights_T))
@@ -152,9 +162,10 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
     buffer = narrow = None
     for at in _chunks(x_nD, V):
         x_CD, weights_C, labels_C1 = x_nD[at], weights_n[at], labels_T[at, None]
-        if buffer is None or narrow is None:                                                # the first chunk is the longest
+        if buffer is None or narrow is None:  # the first chunk is the longest
             buffer = x_nD.new_empty(len(x_CD), V, dtype=wide)
-            narrow = buffer if wide == x_nD.dtype else x_nD.new_empty(len(x_CD), V)         # products, then probabilities, in their dtype
+            # products, then probabilities, in their dtype
+            narrow = buffer if wide == x_nD.dtype else x_nD.new_empty(len(x_CD), V)
         d_CV = _product(x_CD, weight_VD.T, buffer[:len(x_CD)], narrow[:len(x_CD)])
         label_C, lse_C = _to_probs(d_CV, labels_C1)
         loss += (weights_C * (lse_C - label_C + z_loss * lse_C.square())).sum()
@@ -191,10 +202,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: its gradients, made in forward, were handed out; say retain_graph=True in the first backward")
+            raise RuntimeError("linear_cross_entropy: its gradients, made in forward, were handed out; say "
+                               "retain_graph=True in the first backward")
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]  # then they may be asked for again
         gradients, ctx.gradients = ctx.gradients, (ctx.gradients if again else None)
-        dx, dweight = (None if d is None else _scaled(d, g, dtype, again) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
+        dx, dweight = (None if d is None else _scaled(d, g, dtype, again)
+                       for d, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, dweight, None, None, None
 
 
@@ -232,7 +245,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return None if dx is None else dx.to(x_TD.dtype), None if dweight is None else dweight.to(weight_VD.dtype), None
 
 
-# ---------------------------------------------------------------- the same as operators, for torch.compile and the modes that look at operators
+# ---------------------------------------- the same as operators, for torch.compile and the modes that look at operators
 
 @torch.library.custom_op("xtf::linear_cross_entropy", mutates_args=())
 def _op(x: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, z_loss: float, needs_x: bool,
@@ -255,7 +268,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, g, *_):
-    scaled = [(d * g).to(dtype) if needs else None for d, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)]
+    scaled = [(d * g).to(dtype) if needs else None
+              for d, dtype, needs in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)]
     return *scaled, None, None, None, None, None
 
 
@@ -278,12 +292,14 @@ def _logprobs_gradients(ctx, g):
     return dx.to(x.dtype) if ctx.needs_input_grad[0] else None, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
 
 
-_logprobs_op.register_autograd(_logprobs_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_logprobs_op.register_autograd(_logprobs_gradients,
+                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 @register_flop_formula(torch.ops.xtf.linear_cross_entropy, get_raw=True)
 def _flops(x, weight, labels, weights, z_loss, needs_x, needs_weight, **_):
-    """A product for the logits, one for each gradient; of the tokens that have weight, where the weights can be read for nothing."""
+    """A product for the logits, one for each gradient; of the tokens that have weight, where the weights can be read
+    for nothing."""
     n = int(weights.count_nonzero()) if type(weights) is Tensor and weights.device.type == "cpu" else len(x)
     return 2 * n * weight.numel() * (1 + needs_x + needs_weight)
 

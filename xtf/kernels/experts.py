@@ -1,14 +1,16 @@
-"""Tokens to their experts and back, in one process: the meaning that the expert-parallel version keeps; and the experts' products.
+"""Tokens to their experts and back, in one process: the meaning that the expert-parallel version keeps; and the
+experts' products.
 
     plan = plan(experts_TK, E)                       # who goes where: integers alone
     rows = arrive(dispatch(x_TD, weights_TK, plan))  # one row a (token, expert) pair, laid out by expert
     y_TD = home(combine(y_ND, rows))                 # each token's rows summed
 
-The four moves are cut where messages fly when experts live on other ranks: `dispatch` and `combine` start, `arrive` and `home` wait.
-Shapes depend on no choice: pairs of nobody are rows too, past the last offset, where `grouped_linear` and its gradients are zeros. So time
-and memory hardly depend on the routing, and torch.compile compiles it once.
+The four moves are cut where messages fly when experts live on other ranks: `dispatch` and `combine` start, `arrive` and
+`home` wait. Shapes depend on no choice: pairs of nobody are rows too, past the last offset, where `grouped_linear` and
+its gradients are zeros. So time and memory hardly depend on the routing, and torch.compile compiles it once.
 
-T tokens   D hidden   E experts   K choices of a token   N = T K (token, choice) pairs   F features out   A, B rows of any kind
+T tokens   D hidden   E experts   K choices of a token   N = T K (token, choice) pairs   F features out
+A, B rows of any kind
 """
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,14 +25,16 @@ Tensor = torch.Tensor
 
 
 class Plan(NamedTuple):
-    """Pairs sorted by expert, those of nobody last: row n is pair `pairs_N[n]`, and pair p (choice p % K of token p // K) is row `where_TK[p]`."""
+    """Pairs sorted by expert, those of nobody last: row n is pair `pairs_N[n]`, and pair p (choice p % K of token p //
+    K) is row `where_TK[p]`."""
     pairs_N: Tensor
     where_TK: Tensor
     offsets_E: Tensor
 
 
 class Rows(NamedTuple):
-    """What the experts see: rows by expert, each pair's weight, where each expert's rows end; `plan` is the way back."""
+    """What the experts see: rows by expert, each pair's weight, where each expert's rows end; `plan` is the way
+    back."""
     x_ND: Tensor
     weights_N: Tensor
     offsets_E: Tensor
@@ -47,7 +51,8 @@ class Rows(NamedTuple):
 def plan(experts_TK: Tensor, num_experts: int) -> Plan:
     """Sort the (token, choice) pairs by expert. `experts_TK` holds expert ids, -1 where nobody is chosen.
 
-    Raises ValueError at ids outside [-1, num_experts); on an accelerator, which is not waited for, its own assertion does.
+    Raises ValueError at ids outside [-1, num_experts); on an accelerator, which is not waited for, its own assertion
+    does.
 
     >>> plan(torch.tensor([[1, 0], [1, -1]]), 2).offsets_E.tolist()
     [1, 3]
@@ -58,7 +63,8 @@ def plan(experts_TK: Tensor, num_experts: int) -> Plan:
         if flat_N.is_cuda:
             torch._assert_async(fits, f"plan: expert ids must lie in [-1, {num_experts})")
         elif not fits:
-            raise ValueError(f"plan: expert ids in [{int(flat_N.min())}, {int(flat_N.max())}], but there are {num_experts} experts; -1 means nobody")
+            raise ValueError(f"plan: expert ids in [{int(flat_N.min())}, {int(flat_N.max())}], but there are "
+                             f"{num_experts} experts; -1 means nobody")
     ids_N, pairs_N = torch.where(flat_N < 0, num_experts, flat_N).sort(stable=True)
     experts_E = torch.arange(num_experts, device=flat_N.device)
     if functorch_active():
@@ -84,8 +90,9 @@ def arrive(flight: Any) -> Rows:
 def combine(y_ND: Tensor, rows: Rows) -> Any:
     """Start the experts' outputs on their way home. Returns a flight for `home`.
 
-    `y_ND` already carries `rows.weights_N`: multiplied into the narrow hidden rows (or the outputs, where there is a bias), so that
-    the way home is a sum and saves nothing. Rows past the last offset must be zeros, as `grouped_linear` leaves them.
+    `y_ND` already carries `rows.weights_N`: multiplied into the narrow hidden rows (or the outputs, where there is a
+    bias), so that the way home is a sum and saves nothing. Rows past the last offset must be zeros, as `grouped_linear`
+    leaves them.
     """
     return y_ND, rows.plan
 
@@ -99,9 +106,11 @@ def home(flight: Any) -> Tensor:
 # ---------------------------------------------------------------- one pair of adjoint moves
 
 def spread(x_AD: Tensor, src_B: Tensor, where_AK: Tensor) -> Tensor:
-    """y_b = x[src_b], zeros where `src_b` = A. `where_AK` holds the at most K places b to which each row went, B for none.
+    """y_b = x[src_b], zeros where `src_b` = A. `where_AK` holds the at most K places b to which each row went, B for
+    none.
 
-    The adjoint is `collect(g, src, where)`, a sum of K rows in a fixed order: nothing is added atomically. Saves the two index tensors.
+    The adjoint is `collect(g, src, where)`, a sum of K rows in a fixed order: nothing is added atomically. Saves the
+    two index tensors.
 
     >>> spread(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0, 1, 2]), torch.tensor([[1, 4], [0, 2]])).flatten().tolist()
     [2.0, 1.0, 2.0, 0.0]
@@ -110,7 +119,8 @@ def spread(x_AD: Tensor, src_B: Tensor, where_AK: Tensor) -> Tensor:
 
 
 def collect(y_BD: Tensor, src_B: Tensor, where_AK: Tensor) -> Tensor:
-    """x_a = sum over k of y[where_ak], in at least float32, nothing where it is B: the adjoint of `spread`, which is its adjoint.
+    """x_a = sum over k of y[where_ak], in at least float32, nothing where it is B: the adjoint of `spread`, which is
+    its adjoint.
 
     >>> collect(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 0, 1]), torch.tensor([[1, 3], [0, 2]])).flatten().tolist()
     [2.0, 5.0]
@@ -146,7 +156,7 @@ def _collect(y: Tensor, src: Tensor, where: Tensor) -> Tensor:
         return _summed(y, where)
     there = where < len(y)
     if there.all():
-        return F.embedding_bag(where, y, mode="sum")                                # one pass, several times as fast as adding up K gathers
+        return F.embedding_bag(where, y, mode="sum")  # one pass, several times as fast as adding up K gathers
     return F.embedding_bag(where[there], y, F.pad(there.sum(1), (1, 0)).cumsum(0)[:-1], mode="sum")
 
 
@@ -155,7 +165,8 @@ _collect.register_fake(lambda y, src, where: y.new_empty(len(where), y.shape[1])
 
 
 def _keep_index(ctx, inputs, output):
-    # Not through saved-tensor hooks: a checkpoint's recompute stops before a move whose adjoint needs nothing but integers.
+    # Not through saved-tensor hooks: a checkpoint's recompute stops before a move whose adjoint needs nothing but
+    # integers.
     ctx.index = inputs[1:]
 
 
@@ -166,12 +177,15 @@ _collect.register_autograd(lambda ctx, g: (torch.ops.xtf.spread(g, *ctx.index), 
 # ---------------------------------------------------------------- products
 
 def grouped_linear(x_ND: Tensor, node: dict, offsets_E: Tensor, axes: tuple[str, str] | None = None) -> Tensor:
-    """Rows `offsets_E[e - 1]:offsets_E[e]` times expert e's weight: `node["weight"]` [E, F, D], optional `node["bias"]` [E, F].
+    """Rows `offsets_E[e - 1]:offsets_E[e]` times expert e's weight: `node["weight"]` [E, F, D], optional `node["bias"]`
+    [E, F].
 
-    Rows past the last offset come out as zeros, get zeros for gradient and cost nothing. `axes` = (in, out) logical names, for wrappers.
-    FLOPs: 2 D F for each row up to the last offset, twice that in backward. Saves x and the weight. On CPU products go slice by slice into
-    one buffer, and so do the weight's gradients: autograd sees one product. In bf16 on CUDA it is `F.grouped_mm`, which waits for nothing;
-    other dtypes there read the offsets on the host. Raises ValueError if the weight does not hold one matrix an offset.
+    Rows past the last offset come out as zeros, get zeros for gradient and cost nothing. `axes` = (in, out) logical
+    names, for wrappers.
+    FLOPs: 2 D F for each row up to the last offset, twice that in backward. Saves x and the weight. On CPU products go
+    slice by slice into one buffer, and so do the weight's gradients: autograd sees one product. In bf16 on CUDA it is
+    `F.grouped_mm`, which waits for nothing; other dtypes there read the offsets on the host. Raises ValueError if the
+    weight does not hold one matrix an offset.
 
     >>> weight = torch.stack([torch.eye(2), 10 * torch.eye(2)])
     >>> grouped_linear(torch.ones(3, 2), {"weight": weight}, torch.tensor([1, 3]))[:, 0].tolist()
@@ -179,7 +193,8 @@ def grouped_linear(x_ND: Tensor, node: dict, offsets_E: Tensor, axes: tuple[str,
     """
     weight_EFD, bias_EF = node["weight"], node.get("bias")
     if len(weight_EFD) != len(offsets_E):
-        raise ValueError(f"grouped_linear {axes}: {len(offsets_E)} offsets but a weight of {len(weight_EFD)} experts; they must be one to one")
+        raise ValueError(f"grouped_linear {axes}: {len(offsets_E)} offsets but a weight of {len(weight_EFD)} experts; "
+                         "they must be one to one")
     if functorch_active():
         return reference_grouped_linear(x_ND, weight_EFD, bias_EF, offsets_E)
     return torch.ops.xtf.grouped_linear(x_ND, weight_EFD, bias_EF, offsets_E)
@@ -242,18 +257,20 @@ def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) ->
 @torch.library.custom_op("xtf::grouped_linear_backward", mutates_args=())
 def _grouped_backward(g: Tensor, x: Tensor | None, weight: Tensor, offsets: Tensor, needs_x: bool,
                       needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, the weight (where `x` is given) and the bias (in at least float32); empty where they are not needed."""
+    """Gradients of x, the weight (where `x` is given) and the bias (in at least float32); empty where they are not
+    needed."""
     N, E, dtype = len(g), len(weight), product_dtype(g.dtype, g.device)
     dx, dweight, dbias = _empty_gradients(g, x, weight, offsets, needs_x, needs_bias)
     g = g.contiguous()
     if _grouped_on_device(g, weight, weight.transpose(1, 2)):
         if needs_x:
             dx = _past_the_end(F.grouped_mm(g, weight, offs=offsets.to(torch.int32)), offsets)
-        if x is not None:                                                           # of experts without rows it is garbage on some devices
+        if x is not None:  # of experts without rows it is garbage on some devices
             rows_E = offsets.diff(prepend=offsets.new_zeros(1))
             dweight = F.grouped_mm(g.T, x, offs=offsets.to(torch.int32)).masked_fill_((rows_E == 0)[:, None, None], 0)
-        if needs_bias:                                                              # rows of an expert summed by a product: no atomics
-            dbias = ((_expert_of_row(offsets, N) == torch.arange(E, device=g.device)[:, None]).to(g.dtype) @ g).to(dbias.dtype)
+        if needs_bias:  # rows of an expert summed by a product: no atomics
+            dbias = ((_expert_of_row(offsets, N) == torch.arange(E, device=g.device)[:, None]).to(g.dtype)
+                     @ g).to(dbias.dtype)
         return dx, dweight, dbias
     sizes = _sizes(offsets, N)
     gs = g.to(dtype).split(sizes)
@@ -292,13 +309,15 @@ _grouped_backward.register_fake(_empty_gradients)
 def _save(ctx, inputs, output):
     x, weight, bias, offsets = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x if weight.requires_grad else None, weight, offsets)     # a frozen weight (under lora) keeps no rows
+    # a frozen weight (under lora) keeps no rows
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, offsets)
 
 
 def _gradients(ctx, g):
     x, weight, offsets = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    dx, dweight, dbias = torch.ops.xtf.grouped_linear_backward(g, x if needs_weight else None, weight, offsets, needs_x, needs_bias)
+    dx, dweight, dbias = torch.ops.xtf.grouped_linear_backward(g, x if needs_weight else None, weight, offsets, needs_x,
+                                                               needs_bias)
     return dx if needs_x else None, dweight if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None, None
 
 

@@ -1,4 +1,5 @@
-"""Root-mean-square normalisation of rows: the reference in plain torch, kernels for CPU and CUDA (Triton), and one operator over them.
+"""Root-mean-square normalisation of rows: the reference in plain torch, kernels for CPU and CUDA (Triton), and one
+operator over them.
 
 N rows   D their width
 """
@@ -11,24 +12,26 @@ from xtf.kernels import as_cuda, at_least_float32, functorch_active, is_fake, tr
 
 Tensor = torch.Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-SMALL = 2 ** 12                 # numbers on a CPU up to which torch's own backward has less host time than this file's passes save
+SMALL = 2 ** 12  # numbers on a CPU up to which torch's own backward has less host time than this file's passes save
 MAX_BLOCK = 4096                # columns at a time; wider rows are read in turns
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x ** 2) + eps)` over the last dim, in the dtype of x; `weight` [D], statistics in at least float32.
+    """`weight * x / sqrt(mean(x ** 2) + eps)` over the last dim, in the dtype of x; `weight` [D], statistics in at
+    least float32.
 
-    The normalised row is rounded to the dtype of x before it meets the weight, as in transformers. Source: Zhang and Sennrich,
-    arXiv 1910.07467, eq. 4. Raises ValueError if the weight is not one number a column.
+    The normalised row is rounded to the dtype of x before it meets the weight, as in transformers. Source: Zhang and
+    Sennrich, arXiv 1910.07467, eq. 4. Raises ValueError if the weight is not one number a column.
 
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 0.0)                     # rms of the row: sqrt(12.5)
     tensor([[0.8485, 1.1314]])
     """
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, but rows of x {tuple(x.shape)} are {x.shape[-1]} wide")
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, but rows of x {tuple(x.shape)} are "
+                         f"{x.shape[-1]} wide")
     if torch.compiler.is_compiling() or functorch_active() or (x.is_cpu and x.numel() <= SMALL):
-        return reference_rms_norm(x, weight, eps)                                    # compiled, inductor fuses it with its neighbours
-    if traced() or (is_fake(x) and as_cuda(x)):                                      # a kernel cannot be launched on a fake
+        return reference_rms_norm(x, weight, eps)  # compiled, inductor fuses it with its neighbours
+    if traced() or (is_fake(x) and as_cuda(x)):  # a kernel cannot be launched on a fake
         return torch.ops.xtf.rms_norm(x, weight, eps)[0]
     return _RmsNorm.apply(x, weight, eps)  # type: ignore[return-value]
 
@@ -39,7 +42,7 @@ def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
 
 
-# ---------------------------------------------------------------- CPU: as few passes as torch's operators allow, in place where they may
+# ----------------------------------------------- CPU: as few passes as torch's operators allow, in place where they may
 
 def _forward_cpu(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / rms of each row as [..., 1] in at least float32)."""
@@ -55,7 +58,7 @@ def _backward_cpu(g: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[
     g_ND, x_ND = g.reshape(-1, D).to(wide), x.reshape(-1, D).to(wide)
     buffer = g_ND * x_ND
     along_N = torch.mv(buffer, weight_D)
-    dweight_D = buffer.mul_(scale_N1).sum(0)                                        # torch's sum halves recursively, a product would not
+    dweight_D = buffer.mul_(scale_N1).sum(0)  # torch's sum halves recursively, a product would not
     dx_ND = torch.mul(g_ND, weight_D, out=buffer).mul_(scale_N1)
     dx_ND.addcmul_(x_ND, scale_N1.pow(3).mul_(along_N[:, None]), value=-1 / D)
     return dx_ND.view(x.shape).to(x.dtype), dweight_D.to(weight.dtype)
@@ -85,7 +88,8 @@ if HAS_TRITON:
             tl.store(y_ptr + row * D + at, (normed.to(WIDE) * weight.to(WIDE)).to(x.dtype), mask=at < D)
 
     @triton.jit
-    def _backward_kernel(g_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, dweight_ptr, N, D, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward_kernel(g_ptr, x_ptr, weight_ptr, scale_ptr, dx_ptr, dweight_ptr, N, D, WIDE: tl.constexpr,
+                         BLOCK: tl.constexpr):
         # Each program takes every num_programs-th row and sums its part of the weight's gradient in a row of its own.
         # A thread reads there what it wrote itself: BLOCK is at least the number of threads.
         program = tl.program_id(0)
@@ -113,7 +117,8 @@ if HAS_TRITON:
 def _launch(x: Tensor) -> dict[str, Any]:
     """Constants of a launch: columns a block, warps (at least one column a thread), the dtype of statistics."""
     block = min(MAX_BLOCK, max(32, triton.next_power_of_2(x.shape[-1])))
-    return {"BLOCK": block, "num_warps": min(8, max(1, block // 256)), "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32}
+    return {"BLOCK": block, "num_warps": min(8, max(1, block // 256)),
+            "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32}
 
 
 def _forward_triton(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -142,7 +147,7 @@ def _backward(g: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tens
     return (_backward_triton if x.is_cuda and HAS_TRITON else _backward_cpu)(g, x, weight, scale)
 
 
-# ---------------------------------------------------------------- autograd: a Function (15 us of host time less), and one operator
+# ----------------------------------------------------- autograd: a Function (15 us of host time less), and one operator
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
@@ -172,7 +177,8 @@ _op_backward.register_kernel("cuda")(_backward)
 
 @_op.register_fake
 def _(x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((*x.shape[:-1], 1), dtype=at_least_float32(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((*x.shape[:-1], 1),
+                                                                                   dtype=at_least_float32(x.dtype))
 
 
 @_op_backward.register_fake

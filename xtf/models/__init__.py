@@ -1,4 +1,5 @@
-"""Models: one module per family, with `Config`, `config`, `specs`, `names`, `hidden`, `forward`, `loss`, `token_losses`, `flops`."""
+"""Models: one module per family, with `Config`, `config`, `specs`, `names`, `hidden`, `forward`, `loss`,
+`token_losses`, `flops`."""
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from xtf.models import deepseek_v3, gpt_oss, llama, qwen2, qwen3, qwen3_moe
 __all__ = ["deepseek_v3", "from_hf", "gpt_oss", "llama", "qwen2", "qwen3", "qwen3_moe"]
 
 FAMILIES = {                                                                 # config.json's model_type
-    "llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss, "deepseek_v3": deepseek_v3,
+    "llama": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe, "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
     "kimi_k2": deepseek_v3,                                                  # the same model with other numbers
 }
 
@@ -21,11 +23,11 @@ FAMILIES = {                                                                 # c
 def from_hf(path: str | Path, say: Callable[[str], Any] = print) -> tuple[ModuleType, Any]:
     """The family's module and the decoded config of a Hugging Face directory.
 
-    Parts that config.json announces and whose tensors are not among the directory's (MTP modules of DeepSeek V3) are left out of the config,
-    and `say` is told.
+    Parts that config.json announces and whose tensors are not among the directory's (MTP modules of DeepSeek V3) are
+    left out of the config, and `say` is told.
 
-    Raises FileNotFoundError if the directory has no config.json, and ValueError naming the file and the field if the family is not
-    one of ours or a field is unknown or not supported.
+    Raises FileNotFoundError if the directory has no config.json, and ValueError naming the file and the field if the
+    family is not one of ours or a field is unknown or not supported.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as path:
@@ -52,7 +54,8 @@ def from_hf(path: str | Path, say: Callable[[str], Any] = print) -> tuple[Module
     if not hasattr(module, "fit") or not any(file.parent.glob("*.safetensors")):
         return module, cfg
     fitted = module.fit(cfg, tensors(path))
-    dropped = [f"{field}={was!r}" for field, was in msgspec.structs.asdict(cfg).items() if getattr(fitted, field) != was]
+    dropped = [f"{field}={was!r}" for field, was in msgspec.structs.asdict(cfg).items()
+               if getattr(fitted, field) != was]
     if dropped:
         say(f"{file}: it announces {', '.join(dropped)}, but the directory has no tensors for that; going on without")
     return module, fitted

@@ -1,6 +1,8 @@
-"""Hugging Face's config.json, decoded so that nothing in it is lost: honoured, known to be without effect, or refused by name.
+"""Hugging Face's config.json, decoded so that nothing in it is lost: honoured, known to be without effect, or refused
+by name.
 
-Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling` with `type`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
+Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling` with `type`, `torch_dtype`) and 5
+(`rope_parameters`, `dtype`).
 """
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -11,7 +13,8 @@ from xtf import nn
 
 C = TypeVar("C", bound=msgspec.Struct)
 
-# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching, generation.
+# Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching,
+# generation.
 NO_EFFECT = frozenset("""
     model_type architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype torchscript use_bfloat16
     use_cache return_dict output_attentions output_hidden_states tie_last_hidden_states keys_to_ignore_at_inference
@@ -47,9 +50,9 @@ ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "original_max
 def decode(cls: type[C], hf: dict, no_effect: Iterable[str] = (), **resolved: Any) -> C:
     """A family's `Config` from the dict of a config.json.
 
-    `cls` has a field for each that is honoured, named as there (those of the rotary embedding together in `rope`); `resolved` are
-    values worked out by the family; `no_effect` names fields that change nothing in it. Missing fields take the defaults of `cls`, which
-    are those of transformers' class.
+    `cls` has a field for each that is honoured, named as there (those of the rotary embedding together in `rope`);
+    `resolved` are values worked out by the family; `no_effect` names fields that change nothing in it. Missing fields
+    take the defaults of `cls`, which are those of transformers' class.
 
     Raises ValueError naming the field if it is unknown, of a value that is not supported, or of a wrong type.
     """
@@ -58,13 +61,14 @@ def decode(cls: type[C], hf: dict, no_effect: Iterable[str] = (), **resolved: An
         if name in hf and hf[name] not in harmless:
             raise ValueError(f"{family} config: {name}={hf[name]!r} is not supported: {advice}")
     if not readable(hf.get("quantization_config")):
-        raise ValueError(f"{family} config: quantization_config={hf['quantization_config']!r} is not supported: float8 in blocks (quant_method "
-                         "fp8 with a weight_block_size and dynamic activations) and mxfp4 are; save a dequantised checkpoint and load that")
+        raise ValueError(f"{family} config: quantization_config={hf['quantization_config']!r} is not supported: "
+                         "float8 in blocks (quant_method fp8 with a weight_block_size and dynamic activations) and "
+                         "mxfp4 are; save a dequantised checkpoint and load that")
     fields = {f.name for f in msgspec.structs.fields(cls)} - {"rope"}
     unknown = sorted(set(hf) - fields - NO_EFFECT - set(no_effect) - set(ONLY) - ROPE - {"quantization_config"})
     if unknown:
-        raise ValueError(f"{family} config: unknown field {', '.join(unknown)}: it may change what the model computes; if it does not, "
-                         "remove it from config.json")
+        raise ValueError(f"{family} config: unknown field {', '.join(unknown)}: it may change what the model "
+                         "computes; if it does not, remove it from config.json")
     given = {name: hf[name] for name in fields if name in hf} | resolved
     try:
         cfg: Any = msgspec.convert(given, cls)
@@ -97,8 +101,10 @@ def one_spelling(hf: dict, name: str, *others: str) -> dict:
     """
     given = {field: hf[field] for field in (name, *others) if field in hf}
     if any(value != next(iter(given.values())) for value in given.values()):
-        raise ValueError(f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are two names of one thing; remove one of them")
-    return {k: v for k, v in hf.items() if k not in given} | dict.fromkeys([name] * bool(given), next(iter(given.values()), None))
+        raise ValueError(f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are two names of one thing; remove "
+                         "one of them")
+    return {k: v for k, v in hf.items() if k not in given} | dict.fromkeys([name] * bool(given),
+                                                                           next(iter(given.values()), None))
 
 
 def decode_rope(hf: dict, max_position_embeddings: int) -> nn.AnyRope:
@@ -111,7 +117,8 @@ def decode_rope(hf: dict, max_position_embeddings: int) -> nn.AnyRope:
     >>> decode_rope({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2}}, 64)
     LinearRope(factor=2.0, rope_theta=5000.0)
     """
-    found = [_rope(hf, spelling, max_position_embeddings) for spelling in ("rope_scaling", "rope_parameters") if hf.get(spelling)]
+    found = [_rope(hf, spelling, max_position_embeddings) for spelling in ("rope_scaling", "rope_parameters")
+             if hf.get(spelling)]
     if len(found) == 2 and found[0] != found[1]:
         raise ValueError(f"rope_scaling says {found[0]} but rope_parameters {found[1]}; remove one of them")
     return (found or [_rope(hf, "rope_scaling", max_position_embeddings)])[0]
@@ -146,20 +153,23 @@ def _rope(hf: dict, spelling: str, max_position_embeddings: int) -> nn.AnyRope:
 def check(cfg: Any) -> None:
     """Raise ValueError where fields do not fit each other."""
     if cfg.num_attention_heads % cfg.num_key_value_heads:
-        raise ValueError(f"num_key_value_heads={cfg.num_key_value_heads} does not divide num_attention_heads={cfg.num_attention_heads}")
+        raise ValueError(f"num_key_value_heads={cfg.num_key_value_heads} does not divide "
+                         f"num_attention_heads={cfg.num_attention_heads}")
     if cfg.head_dim % 2:
         raise ValueError(f"head_dim={cfg.head_dim} is odd; rotary embeddings turn pairs of dims")
     if cfg.hidden_act not in nn.ACTIVATIONS:
         raise ValueError(f"hidden_act={cfg.hidden_act!r} is not supported; supported are {', '.join(nn.ACTIVATIONS)}")
     if cfg.pad_token_id is not None and not -cfg.vocab_size <= cfg.pad_token_id < cfg.vocab_size:
-        raise ValueError(f"pad_token_id={cfg.pad_token_id} is outside the vocabulary of {cfg.vocab_size}; correct it or remove it")
+        raise ValueError(f"pad_token_id={cfg.pad_token_id} is outside the vocabulary of {cfg.vocab_size}; correct it "
+                         "or remove it")
     router = getattr(cfg, "router", None)
     if router is not None and router.top_k > router.num_experts:
         raise ValueError(f"num_experts_per_tok={router.top_k} is more than there are experts, {router.num_experts}")
     if isinstance(cfg.rope, nn.LongRope):
         for name in ("short_factor", "long_factor"):
             if len(getattr(cfg.rope, name)) != cfg.head_dim // 2:
-                raise ValueError(f"rope {name} has {len(getattr(cfg.rope, name))} entries; it needs head_dim / 2 = {cfg.head_dim // 2}")
+                raise ValueError(f"rope {name} has {len(getattr(cfg.rope, name))} entries; it needs head_dim / 2 = "
+                                 f"{cfg.head_dim // 2}")
 
 
 def default_head_dim(hf: dict, hidden_size: int, num_heads: int) -> Any:
@@ -168,18 +178,21 @@ def default_head_dim(hf: dict, hidden_size: int, num_heads: int) -> Any:
         return hf["head_dim"]
     hidden_size, num_heads = hf.get("hidden_size", hidden_size), hf.get("num_attention_heads", num_heads)
     if not isinstance(hidden_size, int) or not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
-        raise ValueError(f"num_attention_heads={num_heads!r} does not divide hidden_size={hidden_size!r}; give head_dim, or correct one of them")
+        raise ValueError(f"num_attention_heads={num_heads!r} does not divide hidden_size={hidden_size!r}; give "
+                         "head_dim, or correct one of them")
     return hidden_size // num_heads
 
 
 def num_kv_heads(hf: dict, missing: int | None, num_heads: int) -> Any:
-    """`num_key_value_heads`; null means as many as there are query heads, and so does a missing field where `missing` is None."""
+    """`num_key_value_heads`; null means as many as there are query heads, and so does a missing field where `missing`
+    is None."""
     given = hf.get("num_key_value_heads", missing)
     return hf.get("num_attention_heads", num_heads) if given is None else given
 
 
 def resolve_windows(cfg: Any) -> Any:
-    """Windows as transformers resolves them: none unless `use_sliding_window`, and without `layer_types` from layer `max_window_layers` on.
+    """Windows as transformers resolves them: none unless `use_sliding_window`, and without `layer_types` from layer
+    `max_window_layers` on.
 
     Raises ValueError as `layer_windows` does.
     """
@@ -196,8 +209,8 @@ def resolve_windows(cfg: Any) -> Any:
 def layer_windows(cfg: Any) -> tuple[int | None, ...]:
     """For each layer how many tokens it sees, None where it sees the whole document.
 
-    Raises ValueError at a type that is neither full_attention nor sliding_attention, at a list of the wrong length, and at a sliding
-    layer without a window.
+    Raises ValueError at a type that is neither full_attention nor sliding_attention, at a list of the wrong length, and
+    at a sliding layer without a window.
     """
     if len(cfg.layer_types) != cfg.num_hidden_layers:
         raise ValueError(f"layer_types has {len(cfg.layer_types)} entries for num_hidden_layers={cfg.num_hidden_layers}")
@@ -205,5 +218,6 @@ def layer_windows(cfg: Any) -> tuple[int | None, ...]:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types has {kind!r}; supported are full_attention and sliding_attention")
         if kind == "sliding_attention" and cfg.sliding_window is None:
-            raise ValueError("layer_types has sliding_attention but there is no window; set use_sliding_window=true and sliding_window")
+            raise ValueError("layer_types has sliding_attention but there is no window; set use_sliding_window=true "
+                             "and sliding_window")
     return tuple(cfg.sliding_window if kind == "sliding_attention" else None for kind in cfg.layer_types)

@@ -1,7 +1,8 @@
-"""DeepSeek V3 (arXiv 2412.19437) and Kimi K2 (arXiv 2507.20534): latent attention, leading dense layers, experts chosen by corrected sigmoids,
-and modules that predict tokens further ahead (MTP, section 2.2).
+"""DeepSeek V3 (arXiv 2412.19437) and Kimi K2 (arXiv 2507.20534): latent attention, leading dense layers, experts chosen
+by corrected sigmoids, and modules that predict tokens further ahead (MTP, section 2.2).
 
-P packs   t positions here   T positions of a pack   S documents   D hidden   r rotary dims   V vocabulary   K experts of a token
+P packs   t positions here   T positions of a pack   S documents   D hidden   r rotary dims   V vocabulary
+K experts of a token
 """
 import math
 from collections.abc import Generator, Iterable, Sequence
@@ -25,13 +26,15 @@ LAYER = (
     ("router", "mlp.gate"), ("correction.bias", "mlp.gate.e_score_correction_bias"),
     *((f"experts.{node}", f"mlp.experts.{{e}}.{node}_proj") for node in ("gate", "up", "down")),
     *((f"shared.{node}", f"mlp.shared_experts.{node}_proj") for node in ("gate", "up", "down")),
-    ("enorm", "enorm"), ("hnorm", "hnorm"), ("eh_proj", "eh_proj"), ("norm", "shared_head.norm"),      # MTP modules alone have these
+    # MTP modules alone have these
+    ("enorm", "enorm"), ("hnorm", "hnorm"), ("eh_proj", "eh_proj"), ("norm", "shared_head.norm"),
 )
 ENDS = (("embed", "model.embed_tokens"), ("norm", "model.norm"), ("head", "lm_head"))
 
 # What model_type kimi_k2 assumes where its config.json is silent: the published Kimi-K2-Instruct.
 KIMI_K2 = {
-    "vocab_size": 163840, "num_attention_heads": 64, "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+    "vocab_size": 163840, "num_attention_heads": 64, "n_routed_experts": 384, "n_group": 1, "topk_group": 1,
+    "routed_scaling_factor": 2.827,
     "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "max_position_embeddings": 131072, "rope_theta": 50000.0,
 }
 
@@ -42,8 +45,8 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of config.json that are honoured, with the defaults of transformers' DeepseekV3Config.
 
-    For the training step: `aux_loss_alpha`, what `xtf.moe.balance` is multiplied by, and `mtp_loss_weight`, λ of eq. 25, which no config.json
-    has.
+    For the training step: `aux_loss_alpha`, what `xtf.moe.balance` is multiplied by, and `mtp_loss_weight`, λ of eq.
+    25, which no config.json has.
     """
     vocab_size: nn.Size = 129280
     hidden_size: nn.Size = 7168
@@ -87,29 +90,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def sparse(self) -> tuple[bool, ...]:
         """For each layer whether it has experts; MTP modules always have."""
-        return tuple(i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0 for i in range(self.num_hidden_layers))
+        return tuple(i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
+                     for i in range(self.num_hidden_layers))
 
     @property
     def router(self) -> moe.Router:
-        return moe.Router(self.n_routed_experts, self.num_experts_per_tok, "sigmoid", self.norm_topk_prob, self.routed_scaling_factor,
-                          self.n_group, self.topk_group)
+        return moe.Router(self.n_routed_experts, self.num_experts_per_tok, "sigmoid", self.norm_topk_prob,
+                          self.routed_scaling_factor, self.n_group, self.topk_group)
 
 
 def config(hf: dict) -> Config:
     """From the dict of a config.json, of model_type deepseek_v3 or kimi_k2.
 
-    Without effect are `ep_size` and `auto_map`; `seq_aux` can only be true, since the balancing loss is over documents unless the training step
-    says otherwise. Raises ValueError naming the field that is unknown, not supported or of a wrong type.
+    Without effect are `ep_size` and `auto_map`; `seq_aux` can only be true, since the balancing loss is over documents
+    unless the training step says otherwise. Raises ValueError naming the field that is unknown, not supported or of a
+    wrong type.
 
     >>> config({"num_hidden_layers": 4}).sparse, config({"model_type": "kimi_k2"}).router.num_experts
     ((False, False, False, True), 384)
     """
-    hf = one_spelling(one_spelling(hf, "num_nextn_predict_layers", "num_mtp_layers"), "n_routed_experts", "num_local_experts")
+    hf = one_spelling(one_spelling(hf, "num_nextn_predict_layers", "num_mtp_layers"), "n_routed_experts",
+                      "num_local_experts")
     family = hf.get("model_type") or "deepseek_v3"
     hf = (KIMI_K2 if family == "kimi_k2" else {}) | hf
     if hf.get("n_shared_experts", 1) is None:
         hf["n_shared_experts"] = 0
-    cfg = decode(Config, hf, ("ep_size", "auto_map", "output_router_logits", "head_dim", "qk_head_dim", "scoring_func", "topk_method", "seq_aux"),
+    cfg = decode(Config, hf, ("ep_size", "auto_map", "output_router_logits", "head_dim", "qk_head_dim", "scoring_func",
+                              "topk_method", "seq_aux"),
                  num_key_value_heads=num_kv_heads(hf, None, 128))
     only = {
         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "seq_aux": True, "head_dim": cfg.qk_rope_head_dim,
@@ -120,8 +127,9 @@ def config(hf: dict) -> Config:
             raise ValueError(f"{family} config: {name}={hf[name]!r} is not supported: it can only be {value!r} here")
     E, G, g, K = cfg.n_routed_experts, cfg.n_group, cfg.topk_group, cfg.num_experts_per_tok
     if E % G or g > G or K > E // G * g:
-        raise ValueError(f"{family} config: num_experts_per_tok={K} of topk_group={g} of n_group={G} of n_routed_experts={E} does not work out: "
-                         "n_group divides the experts, and the groups chosen have at least as many experts as a token chooses")
+        raise ValueError(f"{family} config: num_experts_per_tok={K} of topk_group={g} of n_group={G} of "
+                         f"n_routed_experts={E} does not work out: n_group divides the experts, and the groups chosen "
+                         "have at least as many experts as a token chooses")
     return cfg
 
 
@@ -133,11 +141,13 @@ def fit(cfg: Config, tensors: Iterable[str]) -> Config:
     """
     first = cfg.num_hidden_layers
     prefixes = tuple(f"model.layers.{i}." for i in range(first, first + cfg.num_nextn_predict_layers))
-    return cfg if any(name.startswith(prefixes) for name in tensors) else msgspec.structs.replace(cfg, num_nextn_predict_layers=0)
+    return cfg if any(name.startswith(prefixes)
+                      for name in tensors) else msgspec.structs.replace(cfg, num_nextn_predict_layers=0)
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter; `head` is absent where embeddings are tied, `mtp` where there are no such modules.
+    """The description of every parameter; `head` is absent where embeddings are tied, `mtp` where there are no such
+    modules.
 
     >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "first_k_dense_replace": 0})
     >>> specs(cfg)["layers"][0]["experts"]["down"]["weight"].shape, specs(cfg)["mtp"][0]["eh_proj"]["weight"].shape
@@ -162,16 +172,18 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
             "correction": {"bias": Param((E,), torch.float32, ("router",), ZEROS, trainable=False)},
             "experts": mlp(cfg.moe_intermediate_size, E),
         }
-        return nodes | ({"shared": mlp(cfg.moe_intermediate_size * cfg.n_shared_experts)} if cfg.n_shared_experts else {})
+        return nodes | ({"shared": mlp(cfg.moe_intermediate_size * cfg.n_shared_experts)} if cfg.n_shared_experts
+                        else {})
 
     def mtp_module() -> dict:
-        return {"enorm": norm(D, "embed"), "hnorm": norm(D, "embed"), "eh_proj": product(D, 2 * D, ("embed", "embeds")), **layer(True),
-                "norm": norm(D, "embed")}
+        return {"enorm": norm(D, "embed"), "hnorm": norm(D, "embed"), "eh_proj": product(D, 2 * D, ("embed", "embeds")),
+                **layer(True), "norm": norm(D, "embed")}
 
     table = lambda: product(cfg.vocab_size, D, ("vocab", "embed"))
     params = {"embed": table(), "layers": [layer(sparse) for sparse in cfg.sparse], "norm": norm(D, "embed")}
     params |= {} if cfg.tie_word_embeddings else {"head": table()}
-    return params | ({"mtp": [mtp_module() for _ in range(cfg.num_nextn_predict_layers)]} if cfg.num_nextn_predict_layers else {})
+    return params | ({"mtp": [mtp_module() for _ in range(cfg.num_nextn_predict_layers)]}
+                     if cfg.num_nextn_predict_layers else {})
 
 
 def names(cfg: Config) -> dict[str, str]:
@@ -182,15 +194,17 @@ def names(cfg: Config) -> dict[str, str]:
     """
     whole = specs(cfg)
     modules = whole.pop("mtp", [])
-    found = nn.hf_names((*((f"layers.{{i}}.{node}", f"model.layers.{{i}}.{name}") for node, name in LAYER), *ENDS), whole)
+    found = nn.hf_names((*((f"layers.{{i}}.{node}", f"model.layers.{{i}}.{name}") for node, name in LAYER), *ENDS),
+                        whole)
     for k, p in enumerate(modules):
-        found |= {f"mtp.{k}.{path}": f"model.layers.{cfg.num_hidden_layers + k}.{name}" for path, name in nn.hf_names(LAYER, p).items()}
+        found |= {f"mtp.{k}.{path}": f"model.layers.{cfg.num_hidden_layers + k}.{name}"
+                  for path, name in nn.hf_names(LAYER, p).items()}
     return found
 
 
 @moe.staged
-def block(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torch.Tensor, segments_PS: torch.Tensor, documents_Pt: torch.Tensor,
-          *, xs: torch.Tensor | None, cfg: Config, ops: Ops) -> Generator:
+def block(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torch.Tensor, segments_PS: torch.Tensor,
+          documents_Pt: torch.Tensor, *, xs: torch.Tensor | None, cfg: Config, ops: Ops) -> Generator:
     """One layer; `xs` is the recorded choice of experts [P, t, K] to replay, if any."""
     x_PtD = x_PtD + mla.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptr, sin_Ptr, segments_PS, cfg, ops)
     h_PtD = nn.norm(x_PtD, p["mlp_norm"], cfg)
@@ -203,12 +217,14 @@ def block(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torch.Te
 
 
 @moe.staged
-def mtp_block(p: dict, h_PtD: torch.Tensor, next_PtD: torch.Tensor, *shared: torch.Tensor, xs: torch.Tensor | None, cfg: Config,
+def mtp_block(p: dict, h_PtD: torch.Tensor, next_PtD: torch.Tensor, *shared: torch.Tensor, xs: torch.Tensor | None,
+              cfg: Config,
            ops: Ops) -> Generator:
-    """One MTP module (eq. 21, 22): a layer over the projection of a later token's embedding and the depth before's normed output.
+    """One MTP module (eq. 21, 22): a layer over the projection of a later token's embedding and the depth before's
+    normed output.
 
-    The embedding's half comes first in eh_proj, as its name says and as DeepSeek's weights have it (vLLM, SGLang, Megatron; the paper writes it
-    second). The depth before's output is after its own last norm, as in all of them.
+    The embedding's half comes first in eh_proj, as its name says and as DeepSeek's weights have it (vLLM, SGLang,
+    Megatron; the paper writes it second). The depth before's output is after its own last norm, as in all of them.
     """
     both = torch.cat([nn.norm(next_PtD, p["enorm"], cfg), nn.norm(h_PtD, p["hnorm"], cfg)], -1)
     yield from block.stages(p, ops.linear(both, p["eh_proj"], ("embeds", "embed")), *shared, xs=xs, cfg=cfg, ops=ops)  # pyright: ignore
@@ -216,7 +232,8 @@ def mtp_block(p: dict, h_PtD: torch.Tensor, next_PtD: torch.Tensor, *shared: tor
 
 def decoder(params: dict, batch: Batch, cfg: Config, ops: Ops, routes: Sequence[torch.Tensor] | None = None,
             mtp: bool = False) -> tuple[list[torch.Tensor], list[dict | None]]:
-    """What the last layer returns, [P, t, D], and with `mtp` what each module does; and what each layer's router did."""
+    """What the last layer returns, [P, t, D], and with `mtp` what each module does; and what each layer's router
+    did."""
     modules = params.get("mtp", []) if mtp else []
     ids = [ops.split(later(batch.input_ids, batch, k)) for k in range(len(modules) + 1)]
     embedded = ops.use(partial(nn.embed, cfg=cfg), params["embed"], torch.cat(ids, 1)).chunk(len(ids), 1)
@@ -224,11 +241,13 @@ def decoder(params: dict, batch: Batch, cfg: Config, ops: Ops, routes: Sequence[
     shared, documents_Pt = (ops.split(cos_PTr), ops.split(sin_PTr), batch.segments), moe.documents(batch, ops)
     replays = nn.replays(routes, [*params["layers"], *modules], ops)
     num_layers = len(params["layers"])
-    x_PtD, routed = ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], embedded[0], *shared, documents_Pt, xs=replays[:num_layers])
+    x_PtD, routed = ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], embedded[0], *shared, documents_Pt,
+                             xs=replays[:num_layers])
     outputs, before = [x_PtD], params
     for k, p in enumerate(modules, 1):
         h_PtD = nn.final_norm(before, outputs[-1], cfg, ops)
-        there_Pt = ops.split(later(torch.ones_like(batch.input_ids), batch, k))      # where there is no later token, experts see nothing
+        # where there is no later token, experts see nothing
+        there_Pt = ops.split(later(torch.ones_like(batch.input_ids), batch, k))
         layers = [{name: node for name, node in p.items() if name != "norm"}]
         x_PtD, y = ops.scan(partial(mtp_block, cfg=cfg, ops=ops), layers, h_PtD, embedded[k], *shared,
                             documents_Pt.where(there_Pt > 0, -1), xs=replays[num_layers + k - 1:][:1])
@@ -265,11 +284,13 @@ def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Ten
 
 def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
                      routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss` + λ times the mean over MTP modules of their summed losses (eq. 24, 25), and what the routers did, those of the modules last.
+    """`loss` + λ times the mean over MTP modules of their summed losses (eq. 24, 25), and what the routers did, those
+    of the modules last.
 
-    Module k predicts at position i the token i + k + 1 of the same document, weighted as `loss_mask` weights that token: the mask is cut over
-    positions, so ranks that hold other positions of the same packs first put it together (an all-reduce of P × T numbers). `routes`,
-    one [P, T, K] a layer with experts (as `Routing.experts`), replays recorded choices.
+    Module k predicts at position i the token i + k + 1 of the same document, weighted as `loss_mask` weights that
+    token: the mask is cut over positions, so ranks that hold other positions of the same packs first put it together
+    (an all-reduce of P × T numbers). `routes`, one [P, T, K] a layer with experts (as `Routing.experts`), replays
+    recorded choices.
     """
     (x_PtD, *ahead), routed = decoder(params, batch, cfg, ops, routes, mtp=True)
     total = nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops)
@@ -292,8 +313,9 @@ def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> t
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
     """Forward FLOPs of `loss_and_routing` over documents of these lengths; times 3 with the backward pass.
 
-    2 × (weights that multiply: head, router and the K experts that a token chooses included) × tokens, the head once more for each MTP module,
-    in the k-th of which the last k tokens of a document choose no expert and predict nothing. And `mla.flops` for each layer and module.
+    2 × (weights that multiply: head, router and the K experts that a token chooses included) × tokens, the head once
+    more for each MTP module, in the k-th of which the last k tokens of a document choose no expert and predict nothing.
+    And `mla.flops` for each layer and module.
     """
     whole, tokens = specs(cfg), sum(lengths)
     modules, head = whole.pop("mtp", []), whole["head" if "head" in whole else "embed"]

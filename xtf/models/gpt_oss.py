@@ -1,6 +1,8 @@
-"""GPT-OSS: attention with sinks, in every other layer under a window, and experts with biases and a clamped swiglu (arXiv 2508.10925).
+"""GPT-OSS: attention with sinks, in every other layer under a window, and experts with biases and a clamped swiglu
+(arXiv 2508.10925).
 
-P packs   t positions here   S documents   D hidden   d head dim   V vocabulary   N (token, expert) pairs   F expert width   K experts of a token
+P packs   t positions here   S documents   D hidden   d head dim   V vocabulary   N (token, expert) pairs
+F expert width   K experts of a token
 """
 from collections.abc import Generator, Sequence
 from functools import partial
@@ -31,10 +33,11 @@ THETA, YARN = 150000.0, {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of config.json that are honoured, with the defaults of transformers' GptOssConfig; windows are resolved.
+    """The fields of config.json that are honoured, with the defaults of transformers' GptOssConfig; windows are
+    resolved.
 
-    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and what
-    `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
+    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and
+    what `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
     that `swiglu_alpha` and `swiglu_limit` describe.
     """
     vocab_size: nn.Size = 201088
@@ -81,11 +84,13 @@ def config(hf: dict) -> Config:
     """
     hf = one_spelling(one_spelling(hf, "num_local_experts", "num_experts"), "num_experts_per_tok", "experts_per_token")
     if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"gpt_oss config: hidden_act={hf['hidden_act']!r} is not supported: its experts have a swiglu of their own; set it to silu")
+        raise ValueError(f"gpt_oss config: hidden_act={hf['hidden_act']!r} is not supported: its experts have a "
+                         "swiglu of their own; set it to silu")
     hf = {"rope_theta": THETA, "head_dim": 64} | hf
     if not (hf.get("rope_parameters") or hf.get("rope_scaling")):
         hf |= {"rope_parameters": YARN}
-    cfg = decode(Config, hf, ["initial_context_length"], num_key_value_heads=num_kv_heads(hf, 8, 64), head_dim=default_head_dim(hf, 2880, 64))
+    cfg = decode(Config, hf, ["initial_context_length"], num_key_value_heads=num_kv_heads(hf, 8, 64),
+                 head_dim=default_head_dim(hf, 2880, 64))
     types = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(cfg.num_hidden_layers))
     cfg = msgspec.structs.replace(cfg, layer_types=types if cfg.layer_types is None else cfg.layer_types)
     layer_windows(cfg)
@@ -93,7 +98,8 @@ def config(hf: dict) -> Config:
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter; `head` is absent where embeddings are tied. Rows of `gate_up` are gate and up in turns.
+    """The description of every parameter; `head` is absent where embeddings are tied. Rows of `gate_up` are gate and up
+    in turns.
 
     >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1})
     >>> specs(cfg)["layers"][0]["experts"]["gate_up"]["bias"].shape
@@ -147,11 +153,13 @@ def experts(p: dict, rows: Any, ops: Ops, cfg: Config) -> torch.Tensor:
 
 
 @moe.staged
-def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, documents_Pt: torch.Tensor,
-          *, xs: tuple[int | None, torch.Tensor | None], cfg: Config, ops: Ops) -> Generator:
+def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
+          documents_Pt: torch.Tensor, *, xs: tuple[int | None, torch.Tensor | None], cfg: Config,
+          ops: Ops) -> Generator:
     """One layer; `xs` is its window and the recorded choice of experts to replay, if any."""
     window, routes_PtK = xs
-    x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, window, cfg, ops)
+    x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, window, cfg,
+                                 ops)
     yield from moe.layer(p, nn.norm(x_PtD, p["mlp_norm"], cfg), documents_Pt, segments_PS.shape[1] - 1, cfg.router, ops,
                          onto=x_PtD, experts=partial(experts, cfg=cfg), routes=routes_PtK)
 
@@ -170,13 +178,15 @@ def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.
 
 
 def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made in forward."""
+    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
+    in forward."""
     return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0], batch.labels, batch.loss_mask, cfg, ops)
 
 
 def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
                      routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer (as `Routing.experts`), replays recorded choices."""
+    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer (as `Routing.experts`), replays recorded
+    choices."""
     x_PtD, routed = decoder(params, batch, cfg, ops, routes)
     return nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops), moe.gather(routed)
 
@@ -187,5 +197,6 @@ def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> t
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward pass."""
+    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
+    pass."""
     return nn.flops(specs(cfg), cfg, cfg.windows, lengths)

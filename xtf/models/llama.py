@@ -126,7 +126,8 @@ def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.
 
 
 def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made in forward."""
+    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
+    in forward."""
     return nn.summed_loss(params, decoder(params, batch, cfg, ops), batch.labels, batch.loss_mask, cfg, ops)
 
 
@@ -136,5 +137,6 @@ def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> t
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward pass."""
+    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
+    pass."""
     return nn.flops(specs(cfg), cfg, [None] * cfg.num_hidden_layers, lengths)

@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434, section 2.1; DeepSeek V3, arXiv 2412.19437, eq. 1 to 11).
 
-Keys and values of all heads come from one narrow latent, queries from another or straight from the hidden state. Of each key d = n + r dims,
-n are the head's own and know no position; r are turned by it and shared by all heads. Values have v dims.
+Keys and values of all heads come from one narrow latent, queries from another or straight from the hidden state. Of
+each key d = n + r dims, n are the head's own and know no position; r are turned by it and shared by all heads. Values
+have v dims.
 
 P packs   t positions here   S documents   D hidden   H heads   c dims of a latent
 """
@@ -17,10 +18,11 @@ from xtf.kernels.rms_norm import rms_norm
 from xtf.kernels.rope import apply_rope
 from xtf.ops import Ops
 
-EPS = 1e-6                      # of the latents' norms, whatever rms_norm_eps says: so in the published code and in transformers
+EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps says: so in the published code and in transformers
 
 NAMES = (
-    ("q", "q_proj"), ("q_a", "q_a_proj"), ("q_a_norm", "q_a_layernorm"), ("q_b", "q_b_proj"), ("kv_a", "kv_a_proj_with_mqa"),
+    ("q", "q_proj"), ("q_a", "q_a_proj"), ("q_a_norm", "q_a_layernorm"), ("q_b", "q_b_proj"),
+    ("kv_a", "kv_a_proj_with_mqa"),
     ("kv_a_norm", "kv_a_layernorm"), ("kv_b", "kv_b_proj"), ("o", "o_proj"),
 )
 
@@ -45,7 +47,8 @@ def specs(cfg: Any, dtype: torch.dtype) -> dict:
 
 def attention(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torch.Tensor, segments_PS: torch.Tensor,
               cfg: Any, ops: Ops) -> torch.Tensor:
-    """Attention of one layer `p`, [P, t, D]; how many heads there are is read off the products, since a transform may have split them."""
+    """Attention of one layer `p`, [P, t, D]; how many heads there are is read off the products, since a transform may
+    have split them."""
     n, r, v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
     turned = partial(apply_rope, cos_PTr=cos_Ptr, sin_PTr=sin_Ptr, interleaved=cfg.rope_interleave)
     if "q" in p:
@@ -57,8 +60,8 @@ def attention(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torc
     kv_Ptc = rms_norm(kv_Ptc, p["kv_a_norm"]["weight"], EPS)
     k_PtHn, v_PtHv = ops.linear(kv_Ptc, p["kv_b"], ("kv_latent", "heads")).unflatten(-1, (-1, n + v)).split((n, v), -1)
     k_PtHr = turned(k_Ptr.unsqueeze(2)).expand(-1, -1, k_PtHn.shape[2], -1)
-    o_PtHv = ops.name(ops.attend, "attn_out")(turned(q_PtX.unflatten(-1, (-1, n + r))), torch.cat([k_PtHn, k_PtHr], -1), v_PtHv,
-                                              segments=segments_PS, scale=scale(cfg))
+    o_PtHv = ops.name(ops.attend, "attn_out")(turned(q_PtX.unflatten(-1, (-1, n + r))), torch.cat([k_PtHn, k_PtHr], -1),
+                                              v_PtHv, segments=segments_PS, scale=scale(cfg))
     return ops.linear(o_PtHv.flatten(-2), p["o"], ("heads", "embed"))
 
 
@@ -76,6 +79,7 @@ def scale(cfg: Any) -> float:
 
 
 def flops(cfg: Any, lengths: Sequence[int]) -> float:
-    """Forward FLOPs of one layer's scores and sums, products with weights not counted: 2 H (n + r + v) a visible pair."""
+    """Forward FLOPs of one layer's scores and sums, products with weights not counted: 2 H (n + r + v) a visible
+    pair."""
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return 2.0 * cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim) * pairs

@@ -30,7 +30,8 @@ NAMES = (
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of config.json that are honoured, with the defaults of transformers' Qwen2Config; windows are resolved."""
+    """The fields of config.json that are honoured, with the defaults of transformers' Qwen2Config; windows are
+    resolved."""
     vocab_size: nn.Size = 151936
     hidden_size: nn.Size = 4096
     intermediate_size: nn.Size = 22016
@@ -65,7 +66,8 @@ def config(hf: dict) -> Config:
     >>> config({"num_hidden_layers": 2, "max_window_layers": 1, "use_sliding_window": True, "sliding_window": 8}).windows
     (None, 8)
     """
-    return resolve_windows(decode(Config, hf, num_key_value_heads=num_kv_heads(hf, 32, 32), head_dim=default_head_dim(hf, 4096, 32)))
+    return resolve_windows(decode(Config, hf, num_key_value_heads=num_kv_heads(hf, 32, 32),
+                                  head_dim=default_head_dim(hf, 4096, 32)))
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
@@ -133,7 +135,8 @@ def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.
 
 
 def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made in forward."""
+    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
+    in forward."""
     return nn.summed_loss(params, decoder(params, batch, cfg, ops), batch.labels, batch.loss_mask, cfg, ops)
 
 
@@ -143,5 +146,6 @@ def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> t
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward pass."""
+    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
+    pass."""
     return nn.flops(specs(cfg), cfg, cfg.windows, lengths)

@@ -1,6 +1,7 @@
 """Qwen3-MoE: Qwen3's attention, and in most layers experts instead of one MLP (arXiv 2505.09388).
 
-P packs   t positions here   T positions of a pack   S documents   D hidden   d head dim   V vocabulary   K experts of a token
+P packs   t positions here   T positions of a pack   S documents   D hidden   d head dim   V vocabulary
+K experts of a token
 """
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -25,10 +26,11 @@ NAMES = (
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of config.json that are honoured, with the defaults of transformers' Qwen3MoeConfig; the window is resolved.
+    """The fields of config.json that are honoured, with the defaults of transformers' Qwen3MoeConfig; the window is
+    resolved.
 
-    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and what
-    `xtf.moe.balance` is multiplied by.
+    `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and
+    what `xtf.moe.balance` is multiplied by.
     """
     vocab_size: nn.Size = 151936
     hidden_size: nn.Size = 2048
@@ -64,7 +66,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def sparse(self) -> tuple[bool, ...]:
         """For each layer whether it has experts."""
-        return tuple((i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers for i in range(self.num_hidden_layers))
+        return tuple((i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers
+                     for i in range(self.num_hidden_layers))
 
     @property
     def router(self) -> moe.Router:
@@ -72,7 +75,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def config(hf: dict) -> Config:
-    """From the dict of a config.json. As in transformers a window, if used, is every layer's: `max_window_layers` has no effect.
+    """From the dict of a config.json. As in transformers a window, if used, is every layer's: `max_window_layers` has
+    no effect.
 
     Raises ValueError naming the field that is unknown, not supported or of a wrong type.
 
@@ -81,12 +85,14 @@ def config(hf: dict) -> Config:
     """
     hf = one_spelling(hf, "num_experts", "num_local_experts")
     window = hf.get("sliding_window", 4096) if hf.get("use_sliding_window") else None
-    return decode(Config, hf, ["max_window_layers"], num_key_value_heads=num_kv_heads(hf, 4, 32), head_dim=default_head_dim(hf, 2048, 32),
-                  sliding_window=window, mlp_only_layers=hf.get("mlp_only_layers") or ())
+    return decode(Config, hf, ["max_window_layers"], num_key_value_heads=num_kv_heads(hf, 4, 32),
+                  head_dim=default_head_dim(hf, 2048, 32), sliding_window=window,
+                  mlp_only_layers=hf.get("mlp_only_layers") or ())
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter: Qwen3's, with a router and stacked experts in place of the MLP of sparse layers.
+    """The description of every parameter: Qwen3's, with a router and stacked experts in place of the MLP of sparse
+    layers.
 
     >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1})
     >>> specs(cfg)["layers"][0]["experts"]["down"]["weight"].shape
@@ -118,11 +124,13 @@ def names(cfg: Config) -> dict[str, str]:
 
 
 @moe.staged
-def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor, documents_Pt: torch.Tensor,
-          *, xs: tuple[int | None, torch.Tensor | None], cfg: Config, ops: Ops) -> Generator:
+def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
+          documents_Pt: torch.Tensor, *, xs: tuple[int | None, torch.Tensor | None], cfg: Config,
+          ops: Ops) -> Generator:
     """One layer; `xs` is its window and the recorded choice of experts to replay, if any."""
     window, routes_PtK = xs
-    x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, window, cfg, ops)
+    x_PtD = x_PtD + nn.attention(p, nn.norm(x_PtD, p["attn_norm"], cfg), cos_Ptd, sin_Ptd, segments_PS, window, cfg,
+                                 ops)
     h_PtD = nn.norm(x_PtD, p["mlp_norm"], cfg)
     if "router" not in p:
         yield x_PtD + nn.mlp(p, h_PtD, cfg, ops), None
@@ -152,13 +160,15 @@ def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.
 
 
 def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made in forward."""
+    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
+    in forward."""
     return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0], batch.labels, batch.loss_mask, cfg, ops)
 
 
 def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
                      routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer with experts (as `Routing.experts`), replays recorded choices."""
+    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer with experts (as `Routing.experts`), replays
+    recorded choices."""
     x_PtD, routed = decoder(params, batch, cfg, ops, routes)
     return nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops), moe.gather(routed)
 
@@ -169,5 +179,6 @@ def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> t
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward pass."""
+    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
+    pass."""
     return nn.flops(specs(cfg), cfg, cfg.windows, lengths)

@@ -14,5 +14,5 @@ from xtf.optim._partition import partition
 from xtf.optim.core import Optimizer, apply_updates, chain, clip_by_global_norm
 from xtf.optim.leafwise import lion, sgd
 
-__all__ = ["Ema", "Guard", "Optimizer", "adamw", "apply_updates", "averaged", "chain", "clip_by_global_norm", "ema", "guard", "hidden_matrix",
-           "lion", "muon", "orthogonalise", "partition", "schedules", "sgd"]
+__all__ = ["Ema", "Guard", "Optimizer", "adamw", "apply_updates", "averaged", "chain", "clip_by_global_norm", "ema",
+           "guard", "hidden_matrix", "lion", "muon", "orthogonalise", "partition", "schedules", "sgd"]

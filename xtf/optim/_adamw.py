@@ -21,13 +21,14 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
         m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g²
         update = -lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)
 
-    `lr` is a number, or a schedule called with t - 1; a step that is not `ok` does not count. `mask(path, leaf)` says which leaves decay;
-    without it all do, as in torch.optim.AdamW. Moments are float32 (float64 for float64 parameters) and lie as their parameter lies; with
-    `moments="bf16"` or `"int8"` they are kept in fewer bits between steps (`xtf.optim.moments`: 4 or about 2 bytes for each parameter
-    instead of 8). The update has their dtype, at least float32. State: `{"step": int64 scalar, "m": tree, "v": tree}`.
+    `lr` is a number, or a schedule called with t - 1; a step that is not `ok` does not count. `mask(path, leaf)` says
+    which leaves decay; without it all do, as in torch.optim.AdamW. Moments are float32 (float64 for float64 parameters)
+    and lie as their parameter lies; with `moments="bf16"` or `"int8"` they are kept in fewer bits between steps
+    (`xtf.optim.moments`: 4 or about 2 bytes for each parameter instead of 8). The update has their dtype, at least
+    float32. State: `{"step": int64 scalar, "m": tree, "v": tree}`.
 
-    Raises ValueError for a gradient at a leaf that was frozen when the state was made, or of another shape than its parameter, and for
-    other `moments`.
+    Raises ValueError for a gradient at a leaf that was frozen when the state was made, or of another shape than its
+    parameter, and for other `moments`.
 
     Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
 
@@ -71,8 +72,10 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
             u = u.to(old_m.dtype)
             out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
-                jobs.setdefault((u.device, u.dtype, bool(decays[i])), []).append((u, local(p), old_m, old_v, new_m, new_v))
-        numbers = {"step": step, "lr": rate, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay, "ok": ok}
+                jobs.setdefault((u.device, u.dtype, bool(decays[i])),
+                                []).append((u, local(p), old_m, old_v, new_m, new_v))
+        numbers = {"step": step, "lr": rate, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay,
+                   "ok": ok}
         for (where, dtype, decay), job in jobs.items():
             adam = _kernel(where, dtype, decay, **numbers)
             for us, ps, old_ms, old_vs, ms, vs in _buckets(job, device.piece(where)):
@@ -88,14 +91,18 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
     return Optimizer(init, update)
 
 
-def _kernel(where: torch.device, dtype: torch.dtype, decay: bool, *, step: torch.Tensor, lr: Any, beta1: float, beta2: float, eps: float,
-            weight_decay: float, ok: torch.Tensor | None) -> Any:
-    """run(us, ps, ms, vs): gradients become updates, moments the next ones, where the step is `ok`; else updates become zeros."""
-    adam = partial(_fused if device.has_fused_adamw(where) else _plain, step=step.to(dtype), beta1=beta1, beta2=beta2, eps=eps)
+def _kernel(where: torch.device, dtype: torch.dtype, decay: bool, *, step: torch.Tensor, lr: Any, beta1: float,
+            beta2: float, eps: float, weight_decay: float, ok: torch.Tensor | None) -> Any:
+    """run(us, ps, ms, vs): gradients become updates, moments the next ones, where the step is `ok`; else updates become
+    zeros."""
+    adam = partial(_fused if device.has_fused_adamw(where) else _plain, step=step.to(dtype), beta1=beta1, beta2=beta2,
+                   eps=eps)
     shrink = -lr * weight_decay * decay                                # never +0.0
     if isinstance(lr, torch.Tensor):
-        shrink, lr = shrink.to(dtype), lr if where.type == "cpu" else lr.float()       # the accelerator's kernel reads a float32
-    keep = None if ok is None else torch.where(ok, 1.0, -0.0).to(dtype)                # so that p shrink keep has the sign of p: p + it is p
+        # the accelerator's kernel reads a float32
+        shrink, lr = shrink.to(dtype), lr if where.type == "cpu" else lr.float()
+    # so that p shrink keep has the sign of p: p + it is p
+    keep = None if ok is None else torch.where(ok, 1.0, -0.0).to(dtype)
 
     def run(us: list, ps: list, ms: list, vs: list) -> None:
         scratch = torch._foreach_mul([p.to(dtype) for p in ps], shrink)                # the update starts as the decay
@@ -106,20 +113,22 @@ def _kernel(where: torch.device, dtype: torch.dtype, decay: bool, *, step: torch
     return run
 
 
-def _fused(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: torch.Tensor | None, **numbers: Any) -> None:
+def _fused(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: torch.Tensor | None,
+           **numbers: Any) -> None:
     """Advance the moments and take Adam's part off each x: torch's kernel, which is given x for a parameter."""
-    torch._fused_adamw_(xs, gs, ms, vs, [], [step.float()] * len(xs), weight_decay=0.0, amsgrad=False, maximize=False, found_inf=skip, **numbers)
+    torch._fused_adamw_(xs, gs, ms, vs, [], [step.float()] * len(xs), weight_decay=0.0, amsgrad=False, maximize=False,
+                        found_inf=skip, **numbers)
 
 
-def _plain(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: torch.Tensor | None, lr: Any, beta1: float, beta2: float,
-           eps: float) -> None:
+def _plain(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: torch.Tensor | None, lr: Any,
+           beta1: float, beta2: float, eps: float) -> None:
     """The same where torch has no such kernel."""
     old = None if skip is None else [t.clone() for t in (*xs, *ms, *vs)]
     torch._foreach_lerp_(ms, gs, 1 - beta1)
     torch._foreach_mul_(vs, beta2)
     torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
     root = torch._foreach_sqrt(vs)
-    torch._foreach_div_(root, (-torch.expm1(step * math.log(beta2))).sqrt())          # 1 - beta2^step without cancellation
+    torch._foreach_div_(root, (-torch.expm1(step * math.log(beta2))).sqrt())  # 1 - beta2^step without cancellation
     torch._foreach_add_(root, eps)
     torch._foreach_div_(root, lr / torch.expm1(step * math.log(beta1)))
     torch._foreach_addcdiv_(xs, ms, root)
@@ -128,7 +137,8 @@ def _plain(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: 
 
 
 def _buckets(leaves: list[tuple], limit: int) -> Iterator[tuple[list, ...]]:
-    """Large leaves cut into flat pieces, small ones put together, so that about `limit` elements of each kind are worked on at a time."""
+    """Large leaves cut into flat pieces, small ones put together, so that about `limit` elements of each kind are
+    worked on at a time."""
     bucket, size = [], 0
     for leaf in leaves:
         cut = [leaf] if leaf[0].numel() <= limit else zip(*(x.reshape(-1).split(limit) for x in leaf), strict=True)

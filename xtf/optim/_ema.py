@@ -10,7 +10,8 @@ from xtf.optim.core import chosen
 
 
 class EmaUpdate(Protocol):
-    def __call__(self, average: tree.Tree, params: tree.Tree, ops: Ops = LOCAL, ok: torch.Tensor | None = None) -> tree.Tree: ...
+    def __call__(self, average: tree.Tree, params: tree.Tree, ops: Ops = LOCAL,
+                 ok: torch.Tensor | None = None) -> tree.Tree: ...
 
 
 class EmaInit(Protocol):
@@ -24,11 +25,12 @@ class Ema(NamedTuple):
 
 
 def ema(decay: float) -> Ema:
-    """The average e = decay e + (1 - decay) p of each parameter over steps, in at least float32, for `TrainState.extra`.
+    """The average e = decay e + (1 - decay) p of each parameter over steps, in at least float32, for
+    `TrainState.extra`.
 
     init(params) -> the parameters themselves, copied: so there is no bias to correct. Frozen leaves have None.
-    update(average, params, ops, ok=None) -> the next one, in the old one's memory if `ops.donate`; where `ok` is False, the old one.
-    `averaged(average, params)` is the tree to evaluate or save.
+    update(average, params, ops, ok=None) -> the next one, in the old one's memory if `ops.donate`; where `ok` is False,
+    the old one. `averaged(average, params)` is the tree to evaluate or save.
 
     Raises ValueError for a decay that is not in [0, 1).
 
@@ -63,4 +65,5 @@ def averaged(average: tree.Tree, params: tree.Tree) -> tree.Tree:
     >>> averaged({"w": torch.ones(1), "frozen": None}, {"w": torch.zeros(1).bfloat16(), "frozen": torch.zeros(1)})
     {'w': tensor([1.], dtype=torch.bfloat16), 'frozen': tensor([0.])}
     """
-    return tree.tree_map(lambda p, e: p if e is None else like(local(e).to(p.dtype), p).requires_grad_(p.requires_grad), params, average)
+    return tree.tree_map(lambda p, e: p if e is None else like(local(e).to(p.dtype), p).requires_grad_(p.requires_grad),
+                         params, average)

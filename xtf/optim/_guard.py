@@ -1,4 +1,5 @@
-"""Steps that should not be taken: `guard` finds them on the device, so that nothing waits, and the optimizer leaves them out."""
+"""Steps that should not be taken: `guard` finds them on the device, so that nothing waits, and the optimizer leaves
+them out."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from xtf import device, tree
 
 ENOUGH = 32                                              # values of a window from which its spread is believed
-LEAST_SIGMA = 1e-3                                       # of the mean: a curve that has come to rest is not made of spikes
+LEAST_SIGMA = 1e-3  # of the mean: a curve that has come to rest is not made of spikes
 
 
 class Guard:
@@ -29,7 +30,8 @@ class Guard:
 
     @torch.no_grad()
     def check(self, state: tree.Tree, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, tree.Tree]:
-        """(ok, new state) for a step's global loss and gradient norm, scalar tensors that are the same on every rank."""
+        """(ok, new state) for a step's global loss and gradient norm, scalar tensors that are the same on every
+        rank."""
         now = torch.stack([loss.double(), norm.double()])
         taken, window = state["taken"], state["window"]
         place = torch.arange(self.window, device=window.device)
@@ -55,19 +57,22 @@ class Guard:
         if (row := int(seen["in_a_row"])) < self.patience:
             return None
         last = "" if "refused" not in seen else " The last of them had loss {:.6g} and gradient norm {:.6g}.".format(*seen["refused"].tolist())
-        return (f"{row} steps in a row were skipped: their loss or gradient norm was not finite, or more than {self.sigma:g} standard deviations "
-                f"above those of the last {self.window} steps taken.{last} The parameters are those before them. Go on from an earlier checkpoint "
-                "(--resume OUT/checkpoints/N with another --out) with a lower learning rate or a longer warm-up; look at the batches of these "
-                "steps; if the losses are NaN from the first step on, look for an overflow in the model.")
+        return (f"{row} steps in a row were skipped: their loss or gradient norm was not finite, or more than "
+                f"{self.sigma:g} standard deviations above those of the last {self.window} steps taken.{last} The "
+                "parameters are those before them. Go on from an earlier checkpoint (--resume OUT/checkpoints/N with "
+                "another --out) with a lower learning rate or a longer warm-up; look at the batches of these steps; "
+                "if the losses are NaN from the first step on, look for an overflow in the model.")
 
 
 def guard(window: int = 128, sigma: float = 6.0, patience: int = 10) -> Guard:
-    """Leave out steps whose loss or gradient norm is not finite, or a spike beyond `sigma` standard deviations above its window.
+    """Leave out steps whose loss or gradient norm is not finite, or a spike beyond `sigma` standard deviations above
+    its window.
 
-    The window holds the losses and norms of the last `window` steps that were taken; spikes are looked for once it holds 32. Its standard
-    deviation counts as at least a thousandth of its mean. The state is a tree of tensors for `TrainState.extra`: `taken`, `skipped`,
-    `in_a_row` (int64 scalars), `window` (float64 [2, window], losses and norms, a ring) and `refused` (float64 [2], the last that was
-    left out). Give `ok` to the optimizer's `update`; log `metrics`, and stop when `advice` says so.
+    The window holds the losses and norms of the last `window` steps that were taken; spikes are looked for once it
+    holds 32. Its standard deviation counts as at least a thousandth of its mean. The state is a tree of tensors for
+    `TrainState.extra`: `taken`, `skipped`, `in_a_row` (int64 scalars), `window` (float64 [2, window], losses and norms,
+    a ring) and `refused` (float64 [2], the last that was left out). Give `ok` to the optimizer's `update`; log
+    `metrics`, and stop when `advice` says so.
 
     Raises ValueError for a window below 32, or a sigma or patience that is not positive.
 

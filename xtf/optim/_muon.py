@@ -14,20 +14,23 @@ from xtf.optim.schedules import Schedule
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 
-def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, steps: int = 5, weight_decay: float = 0.1, mask: Mask | None = None,
-         adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw", dtype: torch.dtype | None = torch.bfloat16) -> Optimizer:
-    """Momentum whose singular values are brought near 1, with decoupled weight decay. With the gradient g of a matrix p [a, b]:
+def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, steps: int = 5, weight_decay: float = 0.1,
+         mask: Mask | None = None, adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+         dtype: torch.dtype | None = torch.bfloat16) -> Optimizer:
+    """Momentum whose singular values are brought near 1, with decoupled weight decay. With the gradient g of a matrix p
+    [a, b]:
 
         m = momentum m + (1 - momentum) g      u = momentum m + (1 - momentum) g if nesterov else m
         update = -lr (scale orthogonalise(u) + weight_decay p)
 
-    Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). `scale` is 0.2 sqrt(max(a, b)), with which updates
-    are as large as AdamW's and take its learning rate and decay (Liu et al., Muon is Scalable for LLM Training, 2025, equation 4), or
-    with adjust="original" sqrt(max(1, a / b)) (Jordan). `orthogonalise` takes `steps` steps in `dtype` (None: that of the moments; float32
-    for bf16 on processors without bf16 products). `mask(path, leaf)` says which leaves decay. State: `{"step": int64 scalar, "m": tree}`.
+    Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). `scale` is 0.2 sqrt(max(a, b)),
+    with which updates are as large as AdamW's and take its learning rate and decay (Liu et al., Muon is Scalable for
+    LLM Training, 2025, equation 4), or with adjust="original" sqrt(max(1, a / b)) (Jordan). `orthogonalise` takes
+    `steps` steps in `dtype` (None: that of the moments; float32 for bf16 on processors without bf16 products).
+    `mask(path, leaf)` says which leaves decay. State: `{"step": int64 scalar, "m": tree}`.
 
-    Matrices that are stored in parts are brought together by `ops.matrices`, each on one rank. Embeddings, the head and vectors want
-    another optimizer: see `partition` and `hidden_matrix`.
+    Matrices that are stored in parts are brought together by `ops.matrices`, each on one rank. Embeddings, the head and
+    vectors want another optimizer: see `partition` and `hidden_matrix`.
 
     Raises ValueError for a leaf that is no matrix, and as `adamw` does.
 
@@ -44,14 +47,16 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
     def init(params: tree.Tree) -> tree.Tree:
         for path, p in tree.flatten_with_path(params):
             if p.requires_grad and p.ndim < 2:
-                raise ValueError(f"muon: {path} of shape {tuple(p.shape)} is no matrix; give it to another optimizer with `partition`")
+                raise ValueError(f"muon: {path} of shape {tuple(p.shape)} is no matrix; give it to another optimizer "
+                                 "with `partition`")
         return {"step": count(params), "m": tree.tree_map(moment, params)}
 
     @torch.no_grad()
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
         ok = known(extra, ops)[1]
         rate = lr(state["step"]) if callable(lr) else lr
-        leaves = [(path, *rest) for (path, _), rest in zip(tree.flatten_with_path(params), tree.zip_leaves(params, grads, state["m"]), strict=True)]
+        leaves = [(path, *rest) for (path, _), rest in zip(tree.flatten_with_path(params),
+                                                           tree.zip_leaves(params, grads, state["m"]), strict=True)]
         directions, moved = [], []
         for path, p, g, old in leaves:
             if g is None:
@@ -82,8 +87,9 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
 
 
 def orthogonalise(x_Nab: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Each matrix U S V' brought near U V': its singular values, divided by their 2-norm, go `steps` times through a quintic that pushes
-    (0, 1] towards [0.7, 1.2]. Products run in the matrices' dtype; the update's scale does not depend on the gradient's.
+    """Each matrix U S V' brought near U V': its singular values, divided by their 2-norm, go `steps` times through a
+    quintic that pushes (0, 1] towards [0.7, 1.2]. Products run in the matrices' dtype; the update's scale does not
+    depend on the gradient's.
 
     >>> orthogonalise(torch.diag(torch.tensor([3.0, 0.5])).unsqueeze(0)).diagonal(dim1=1, dim2=2).sub(1).abs().max().item() < 0.4
     True

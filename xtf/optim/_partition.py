@@ -12,8 +12,8 @@ from xtf.optim.core import Optimizer
 def partition(txs: Mapping[str, Optimizer], label_of: Callable[[str, torch.Tensor], str]) -> Optimizer:
     """Each leaf to the optimizer that `label_of(path, leaf)` names.
 
-    An optimizer sees its leaves as a dict by path, so its masks get the paths they would get alone. `norm` is not passed on: it is that of
-    all leaves (clip before the partition). State: a dict by label.
+    An optimizer sees its leaves as a dict by path, so its masks get the paths they would get alone. `norm` is not
+    passed on: it is that of all leaves (clip before the partition). State: a dict by label.
 
     Raises ValueError for a label that is not among `txs`, naming the leaf.
 
@@ -30,13 +30,15 @@ def partition(txs: Mapping[str, Optimizer], label_of: Callable[[str, torch.Tenso
         for i, (path, p) in enumerate(tree.flatten_with_path(params)):
             label = label_of(path, p)
             if label not in groups:
-                raise ValueError(f"partition: {path} is labelled {label!r}, but there are optimizers for {', '.join(map(repr, txs))}")
+                raise ValueError(f"partition: {path} is labelled {label!r}, but there are optimizers for "
+                                 f"{', '.join(map(repr, txs))}")
             groups[label][path] = i
         return groups
 
     def init(params: tree.Tree) -> tree.Tree:
         leaves = tree.leaves(params)
-        return {label: txs[label].init({path: leaves[i] for path, i in group.items()}) for label, group in split(params).items()}
+        return {label: txs[label].init({path: leaves[i] for path, i in group.items()})
+                for label, group in split(params).items()}
 
     def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
         extra.pop("norm", None)
@@ -45,7 +47,7 @@ def partition(txs: Mapping[str, Optimizer], label_of: Callable[[str, torch.Tenso
         new = dict(state)
         for label, group in split(params).items():
             if not group:
-                continue                                               # nothing to do, and its count of steps is nobody's
+                continue  # nothing to do, and its count of steps is nobody's
             some, given = ({path: pairs[i][k] for path, i in group.items()} for k in (0, 1))
             moved, new[label] = txs[label].update(given, state[label], some, ops, **extra)
             for path, i in group.items():

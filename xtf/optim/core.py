@@ -16,22 +16,24 @@ class Init(Protocol):
 
 
 class Update(Protocol):
-    def __call__(self, grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]: ...
+    def __call__(self, grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+                 **extra: Any) -> tuple[tree.Tree, Any]: ...
 
 
 class Optimizer(NamedTuple):
     """A pair of pure functions, as in optax.
 
     init(params) -> state: a tree of tensors; each moment has its parameter's placement, and is None at a frozen leaf.
-    update(grads, state, params, ops, **extra) -> (updates, state): what to add to the parameters; None at leaves without gradient.
-        It may overwrite `grads` (updates live in their memory, so no two may share any: `value_and_grad` sees to that), and the
-        old state and parameters only if `ops.donate`.
+    update(grads, state, params, ops, **extra) -> (updates, state): what to add to the parameters; None at leaves
+        without gradient. It may overwrite `grads` (updates live in their memory, so no two may share any:
+        `value_and_grad` sees to that), and the old state and parameters only if `ops.donate`.
 
     Extras, each of which may be missing, and which nothing waits for on the host:
         norm: the 2-norm of `grads`, a scalar tensor, so that it need not be taken again.
-        ok: a bool scalar tensor on the parameters' device, the same on every rank. Where it is False the new state is the old one bit
-            for bit, and the updates leave every bit of the parameters (they are zeros), whatever is in `grads`: the step is skipped.
-            What only scales gradients for the next in a `chain` passes them on as they are.
+        ok: a bool scalar tensor on the parameters' device, the same on every rank. Where it is False the new state is
+            the old one bit for bit, and the updates leave every bit of the parameters (they are zeros), whatever is in
+            `grads`: the step is skipped. What only scales gradients for the next in a `chain` passes them on as they
+                are.
 
     >>> scale = lambda grads, state, params, ops=LOCAL, **extra: (tree.tree_map(lambda g: -0.1 * g, grads), state)
     >>> tx = Optimizer(lambda params: (), scale)
@@ -44,14 +46,16 @@ class Optimizer(NamedTuple):
 
 
 def known(extra: dict[str, Any], ops: Ops) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(norm, ok) of an update's extras, `ok` False also where the layout was not up to the step; raises TypeError for any other name."""
+    """(norm, ok) of an update's extras, `ok` False also where the layout was not up to the step; raises TypeError for
+    any other name."""
     if extra.keys() - {"norm", "ok"}:
         raise TypeError(f"update: unknown extras {sorted(extra.keys() - {'norm', 'ok'})}; known are norm and ok")
     return extra.get("norm"), ops.sound(extra.get("ok"))
 
 
 def count(params: tree.Tree) -> torch.Tensor:
-    """The number of steps taken so far: an int64 zero where the parameters are, so that a step that is not `ok` need not be waited for."""
+    """The number of steps taken so far: an int64 zero where the parameters are, so that a step that is not `ok` need
+    not be waited for."""
     where = next((p.device for p in tree.leaves(params)), "cpu")
     return torch.zeros((), dtype=torch.int64, device=where)
 
@@ -60,13 +64,16 @@ def moment(p: torch.Tensor) -> torch.Tensor | None:
     """Zeros placed as a leaf, in at least float32; None for a frozen one."""
     if not p.requires_grad:
         return None
-    return torch.zeros_like(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32), memory_format=torch.contiguous_format)
+    return torch.zeros_like(p.detach(), dtype=torch.promote_types(p.dtype, torch.float32),
+                            memory_format=torch.contiguous_format)
 
 
 def refusal(name: str, path: str, g: torch.Tensor, p: torch.Tensor) -> ValueError:
-    """What to raise for a gradient of another shape than its parameter, or at a leaf that was frozen when the state was made."""
+    """What to raise for a gradient of another shape than its parameter, or at a leaf that was frozen when the state was
+    made."""
     return ValueError(f"{name}: {path} has a gradient of shape {tuple(g.shape)}, but " + (
-        f"its parameter has {tuple(p.shape)}" if g.shape != p.shape else "its moments are None: it was frozen at init; init the optimizer again"))
+        f"its parameter has {tuple(p.shape)}" if g.shape != p.shape
+        else "its moments are None: it was frozen at init; init the optimizer again"))
 
 
 def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float) -> torch.Tensor:
@@ -78,7 +85,8 @@ def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float
 
 
 def chain(*txs: Optimizer) -> Optimizer:
-    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs. `norm` is for the first alone.
+    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs. `norm` is for the first
+    alone.
 
     >>> tx = chain(clip_by_global_norm(1.0))
     >>> params = {"w": torch.zeros(2, requires_grad=True)}
@@ -100,10 +108,12 @@ def chain(*txs: Optimizer) -> Optimizer:
 
 
 def clip_by_global_norm(max_norm: float) -> Optimizer:
-    """Scale all gradients by `min(1, max_norm / norm)`, with the 2-norm over every stored element of every rank, counted once.
+    """Scale all gradients by `min(1, max_norm / norm)`, with the 2-norm over every stored element of every rank,
+    counted once.
 
-    The norm before clipping is left in the state, `{"norm": float64 scalar}`, for the step to report; nothing waits for it.
-    `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN. Given `norm`, nothing is measured.
+    The norm before clipping is left in the state, `{"norm": float64 scalar}`, for the step to report; nothing waits for
+    it. `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN. Given `norm`,
+    nothing is measured.
 
     Raises ValueError if `max_norm` is not positive.
     """

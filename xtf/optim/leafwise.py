@@ -11,13 +11,14 @@ from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, refusa
 from xtf.optim.schedules import Schedule
 
 
-def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0, mask: Mask | None = None) -> Optimizer:
+def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0,
+        mask: Mask | None = None) -> Optimizer:
     """Stochastic gradient descent. With the gradient g of a parameter p, and g' = g + weight_decay p:
 
         m = momentum m + g'                    update = -lr (g' + momentum m if nesterov else m)
 
-    As in torch.optim.SGD the decay enters the momentum. `mask(path, leaf)` says which leaves decay. State: `{"step": int64 scalar,
-    "m": tree}`, without "m" where momentum is 0.
+    As in torch.optim.SGD the decay enters the momentum. `mask(path, leaf)` says which leaves decay. State: `{"step":
+    int64 scalar, "m": tree}`, without "m" where momentum is 0.
 
     Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
 
@@ -35,12 +36,14 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
     return _leafwise("sgd", "m" if momentum else "", rule, lr, mask)
 
 
-def lion(lr: float | Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1, mask: Mask | None = None) -> Optimizer:
+def lion(lr: float | Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1,
+         mask: Mask | None = None) -> Optimizer:
     """The sign of a momentum. With the gradient g of a parameter p:
 
         update = -lr (sign(b1 m + (1 - b1) g) + weight_decay p)                    m = b2 m + (1 - b2) g
 
-    Its learning rate is a third to a tenth of AdamW's, its weight decay as much larger. `mask(path, leaf)` says which leaves decay.
+    Its learning rate is a third to a tenth of AdamW's, its weight decay as much larger. `mask(path, leaf)` says which
+    leaves decay.
     State: `{"step": int64 scalar, "m": tree}`.
 
     Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1.
@@ -56,8 +59,10 @@ def lion(lr: float | Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: 
     return _leafwise("lion", "m", rule, lr, mask)
 
 
-def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...]], lr: float | Schedule, mask: Mask | None) -> Optimizer:
-    """`rule(g, p, *old slots, rate=, decay=) -> (update, *new slots)` on flat pieces in at least float32, all of one leaf."""
+def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...]], lr: float | Schedule,
+              mask: Mask | None) -> Optimizer:
+    """`rule(g, p, *old slots, rate=, decay=) -> (update, *new slots)` on flat pieces in at least float32, all of one
+    leaf."""
     def init(params: tree.Tree) -> tree.Tree:
         return {"step": count(params), **{s: tree.tree_map(moment, params) for s in slots}}
 
@@ -67,14 +72,16 @@ def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...
         rate = lr(state["step"]) if callable(lr) else lr
         out: list[tuple] = []
         paths = tree.flatten_with_path(params)
-        for (path, p), (_, g, *old) in zip(paths, tree.zip_leaves(params, grads, *(state[s] for s in slots)), strict=True):
+        for (path, p), (_, g, *old) in zip(paths, tree.zip_leaves(params, grads, *(state[s] for s in slots)),
+                                           strict=True):
             if g is None:
                 out.append((None, *old))
                 continue
             if g.shape != p.shape or any(x is None for x in old):
                 raise refusal(name, path, g, p)
             u = local(g).to(torch.promote_types(g.dtype, torch.float32)).contiguous()
-            new = [local(x).contiguous() if ops.donate else local(x).clone(memory_format=torch.contiguous_format) for x in old]
+            new = [local(x).contiguous() if ops.donate else local(x).clone(memory_format=torch.contiguous_format)
+                   for x in old]
             pieces = zip(*(x.reshape(-1).split(device.piece(u.device)) for x in (u, local(p), *new)), strict=True)
             for g_, p_, *slots_ in pieces:
                 step, *moved = rule(g_, p_.to(g_.dtype), *slots_, rate=rate, decay=mask is None or mask(path, p))
@@ -83,5 +90,6 @@ def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...
                     slot.copy_(chosen(ok, x, slot))
             out.append((like(u, g), *[like(x, o) for x, o in zip(new, old, strict=True)]))
         columns = [tree.unflatten(column, params) for column in zip(*out, strict=True)] or [params]
-        return columns[0], {"step": state["step"] + (1 if ok is None else ok), **dict(zip(slots, columns[1:], strict=False))}
+        return columns[0], {"step": state["step"] + (1 if ok is None else ok),
+                            **dict(zip(slots, columns[1:], strict=False))}
     return Optimizer(init, update)

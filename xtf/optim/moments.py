@@ -1,19 +1,22 @@
-"""Moments in fewer bits: bf16, or 8 bits with a scale for each block. Rounding is unbiased, and the same on every layout.
+"""Moments in fewer bits: bf16, or 8 bits with a scale for each block. Rounding is unbiased, and the same on every
+layout.
 
-Both keep the leading bits of a float32. The bits that are dropped are not rounded to nearest: an average that moves by a thousandth
-a step would never leave its place. A dither u in [0, 1) is added before they are cut, so that the mean over steps is exact. u walks
-through the unit interval evenly (Roberts' R sequence: the fractional part of Σ index_d α^(d+1), with one more term for the step), so that
-errors of successive steps cancel instead of adding up; it depends on an element's place in the whole leaf and on the step alone.
+Both keep the leading bits of a float32. The bits that are dropped are not rounded to nearest: an average that moves by
+a thousandth a step would never leave its place. A dither u in [0, 1) is added before they are cut, so that the mean
+over steps is exact. u walks through the unit interval evenly (Roberts' R sequence: the fractional part of Σ index_d
+α^(d+1), with one more term for the step), so that errors of successive steps cancel instead of adding up; it depends on
+an element's place in the whole leaf and on the step alone.
 
-"int8": with the largest magnitude s of a block of 256 along the last dim, the code of x is the number of steps of 1/8 octave that
-|x| / s + c lies above c: so steps are at most (|x| + c s) / 8, and zero is a code. m has a sign and c = 2^-15; v has none and c = 2^-31,
-and its zero counts as c s / 8: where m's last bit is left but v's is not, their quotient would have no bound. Blocks are those of the
-whole leaf: scales have its placement, but are whole along the last dim, where ranks agree by a maximum.
+"int8": with the largest magnitude s of a block of 256 along the last dim, the code of x is the number of steps of 1/8
+octave that |x| / s + c lies above c: so steps are at most (|x| + c s) / 8, and zero is a code. m has a sign and c =
+2^-15; v has none and c = 2^-31, and its zero counts as c s / 8: where m's last bit is left but v's is not, their
+quotient would have no bound. Blocks are those of the whole leaf: scales have its placement, but are whole along the
+last dim, where ranks agree by a maximum.
 
 Leaves of less than two dims or 4096 elements keep float32: they are no memory to speak of.
 
-Block-wise scales: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, section 2 (with another code: theirs is rounded
-to nearest).
+Block-wise scales: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, section 2 (with another code:
+theirs is rounded to nearest).
 """
 import functools
 from collections.abc import Callable
@@ -29,7 +32,7 @@ from xtf.parallel import collectives as C
 
 Kind = Literal["fp32", "bf16", "int8"]
 BLOCK, LEAST = 256, 4096
-DROPPED = 20                                             # bits of a float32 that an 8-bit code leaves out: 3 of its 23 stay
+DROPPED = 20  # bits of a float32 that an 8-bit code leaves out: 3 of its 23 stay
 SMALLEST = {torch.int8: 2.0**-15, torch.uint8: 2.0**-31}  # c
 
 
@@ -68,15 +71,18 @@ def copy(node: Any) -> Any:
     return tree.tree_map(lambda x: like(local(x).clone(), x), node)
 
 
-def rows(adam: Callable, u: torch.Tensor, p: torch.Tensor, m: Any, v: Any, step: torch.Tensor, ok: torch.Tensor | None) -> None:
-    """`adam(u, p, m, v)` on float32 moments, some rows (along the last dim) of a leaf at a time; m and v are overwritten where `ok`."""
+def rows(adam: Callable, u: torch.Tensor, p: torch.Tensor, m: Any, v: Any, step: torch.Tensor,
+         ok: torch.Tensor | None) -> None:
+    """`adam(u, p, m, v)` on float32 moments, some rows (along the last dim) of a leaf at a time; m and v are
+    overwritten where `ok`."""
     n, here, number = p.shape[-1], local(p).shape[-1], local(p).shape[:-1].numel()
     flat = lambda x: x.reshape(number, x.shape[-1])                    # not -1: there may be no element
     open_ = lambda node: {k: flat(local(x)) for k, x in node.items()} if isinstance(node, dict) else flat(local(node))
     m, v, columns = open_(m), open_(v), _box(p)[0][-1]
     u, whole = flat(u), flat(local(p))
     by_row, by_column = dither(p, step)
-    most = max(1, device.piece(u.device) // max(n, 1))                 # by the whole leaf, so that ranks take the same number of pieces
+    # by the whole leaf, so that ranks take the same number of pieces
+    most = max(1, device.piece(u.device) // max(n, 1))
     for at in range(0, number, most):
         cut = slice(at, at + most)
         some = [{k: x[cut] for k, x in node.items()} if isinstance(node, dict) else node[cut] for node in (m, v)]
@@ -92,7 +98,8 @@ def dither(p: torch.Tensor, step: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """float32 (by row [rows], by column [n]) whose sum's fractional part is u for each element here, at this step."""
     where, box = local(p).device, _box(p)
     alpha = _golden(p.ndim + 1)
-    parts = [(o + torch.arange(s, dtype=torch.float64, device=where)) * alpha ** (d + 1) % 1 for d, (o, s) in enumerate(zip(*box, strict=True))]
+    parts = [(o + torch.arange(s, dtype=torch.float64, device=where)) * alpha ** (d + 1) % 1
+             for d, (o, s) in enumerate(zip(*box, strict=True))]
     by_row = (step.to(torch.float64) * alpha ** (p.ndim + 1) % 1).reshape(1)
     for part in parts[:-1]:
         by_row = (by_row[:, None] + part).reshape(-1) % 1
@@ -138,7 +145,8 @@ def encode(node: Any, x: torch.Tensor, u: torch.Tensor, first: int, p: torch.Ten
     s_Rk1 = scales[:, blocks, None]
     y_RkB = (x_RkB.abs() / torch.where(s_Rk1 == 0, 1.0, s_Rk1)).add_(c)
     codes = ((y_RkB.view(torch.int32) - _bits(c) + (_blocks(u, first)[0] * 2**DROPPED).to(torch.int32)) >> DROPPED)
-    codes = codes.clamp_(max=torch.iinfo(node["codes"].dtype).max) * (x_RkB.sign().to(torch.int32) if node["codes"].dtype is torch.int8 else 1)
+    codes = codes.clamp_(max=torch.iinfo(node["codes"].dtype).max) * (x_RkB.sign().to(torch.int32)
+                                                                      if node["codes"].dtype is torch.int8 else 1)
     put(node["codes"], codes.flatten(1)[:, first % BLOCK:first % BLOCK + x.shape[1]].to(node["codes"].dtype))
     put(node["scales"], scales)
 
@@ -154,7 +162,8 @@ def _bits(c: float) -> int:
 
 
 def _blocks(x: torch.Tensor, first: int) -> tuple[torch.Tensor, slice]:
-    """[rows, n] as [rows, blocks, BLOCK] from column `first` of the leaf on, padded with zeros; and which blocks of the leaf they are."""
+    """[rows, n] as [rows, blocks, BLOCK] from column `first` of the leaf on, padded with zeros; and which blocks of the
+    leaf they are."""
     before = first % BLOCK
     x = F.pad(x, (before, -(before + x.shape[1]) % BLOCK)).unflatten(1, (-1, BLOCK))
     return x, slice(first // BLOCK, first // BLOCK + x.shape[1])

@@ -1,7 +1,9 @@
-"""Schedules: functions from the number of steps done, an int64 scalar tensor, to the learning rate, a float64 scalar tensor.
+"""Schedules: functions from the number of steps done, an int64 scalar tensor, to the learning rate, a float64 scalar
+tensor.
 
-All rise linearly over the first `warmup` (a fraction of `steps`, W steps), so that step t of these takes `peak (t + 1) / (W + 1)`: no
-step is without effect. Then they fall from `peak` at step W towards `final * peak` at step `steps`, and stay there.
+All rise linearly over the first `warmup` (a fraction of `steps`, W steps), so that step t of these takes `peak (t + 1)
+/ (W + 1)`: no step is without effect. Then they fall from `peak` at step W towards `final * peak` at step `steps`, and
+stay there.
 """
 import math
 from collections.abc import Callable
@@ -15,7 +17,8 @@ Schedule = Callable[[torch.Tensor], torch.Tensor]
 def cosine(peak: float, steps: int, warmup: float = 0.0, final: float = 0.1) -> Schedule:
     """Half a cosine from `peak` down to `final * peak`.
 
-    With progress s = (t - W) / (steps - W): peak * (final + (1 - final) (1 + cos(pi s)) / 2). Loshchilov and Hutter, SGDR, 2017, equation 5.
+    With progress s = (t - W) / (steps - W): peak * (final + (1 - final) (1 + cos(pi s)) / 2). Loshchilov and Hutter,
+    SGDR, 2017, equation 5.
 
     Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
 
@@ -53,9 +56,9 @@ def wsd(peak: float, steps: int, warmup: float = 0.0, decay: float = 0.1, final:
         shape: Literal["1-sqrt", "linear"] = "1-sqrt") -> Schedule:
     """Warm-up, stable, decay: `peak` until the last `decay * steps` steps, which go down to `final * peak`.
 
-    With progress r in [0, 1] through the decay: peak * (1 - (1 - final) sqrt(r)), or r in place of its root for "linear". A run can go
-    on from any step of its stable part with a larger `steps`. Hu et al., MiniCPM, 2024; the root: Hägele et al., Scaling Laws and
-    Compute-Optimal Training Beyond Fixed Training Durations, 2024, section 3.
+    With progress r in [0, 1] through the decay: peak * (1 - (1 - final) sqrt(r)), or r in place of its root for
+    "linear". A run can go on from any step of its stable part with a larger `steps`. Hu et al., MiniCPM, 2024; the
+    root: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, 2024, section 3.
 
     Raises ValueError if `steps` is less than 1, `warmup` or `decay` no fraction, their sum above 1, or `shape` unknown.
 
@@ -64,20 +67,23 @@ def wsd(peak: float, steps: int, warmup: float = 0.0, decay: float = 0.1, final:
     [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     if shape not in ("1-sqrt", "linear") or not 0 <= decay <= 1 or 1 < warmup + decay <= 1 + decay:
-        raise ValueError(f'wsd: decay must be a fraction of the steps that leaves room for warmup, and shape "1-sqrt" or "linear"; '
+        raise ValueError(f'wsd: decay must be a fraction of the steps that leaves room for warmup, and shape "1-sqrt" '
+                         'or "linear"; '
                          f"got warmup={warmup}, decay={decay}, shape={shape!r}")
     rise, last = round(warmup * steps), round(decay * steps)
 
     def fall(s: torch.Tensor) -> torch.Tensor:
-        done = s * max(steps - rise, 1) - (steps - rise - last)                # steps of the decay, from those after the warm-up
+        done = s * max(steps - rise, 1) - (steps - rise - last)  # steps of the decay, from those after the warm-up
         r = (done / max(last, 1)).clamp(0, 1) if last else (s >= 1).double()
         return 1 - (1 - final) * (r.sqrt() if shape == "1-sqrt" else r)
     return _schedule("wsd", peak, steps, warmup, fall)
 
 
-def _schedule(name: str, peak: float, steps: int, warmup: float, fall: Callable[[torch.Tensor], torch.Tensor]) -> Schedule:
+def _schedule(name: str, peak: float, steps: int, warmup: float,
+              fall: Callable[[torch.Tensor], torch.Tensor]) -> Schedule:
     if steps < 1 or not 0 <= warmup <= 1:
-        raise ValueError(f"{name}: steps must be at least 1 and warmup a fraction of them in [0, 1]; got steps={steps}, warmup={warmup}")
+        raise ValueError(f"{name}: steps must be at least 1 and warmup a fraction of them in [0, 1]; got "
+                         f"steps={steps}, warmup={warmup}")
     rise = round(warmup * steps)
 
     def schedule(step: torch.Tensor) -> torch.Tensor:

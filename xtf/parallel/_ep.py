@@ -1,11 +1,14 @@
 """`ep`: experts divided over an axis; tokens travel to them and back.
 
-A token crosses once to each *rank* that holds any of its experts, with its local expert ids and weights; that rank sums what its experts
-made of it, and one row goes home. Dispatch and combine are each other's adjoints, so in backward the same rows travel the other way. Every
-message is cut in two: `dispatch` and `combine` start, `arrive` and `home` wait, and autograd turns starts into waits.
+A token crosses once to each *rank* that holds any of its experts, with its local expert ids and weights; that rank sums
+what its experts made of it, and one row goes home. Dispatch and combine are each other's adjoints, so in backward the
+same rows travel the other way. Every message is cut in two: `dispatch` and `combine` start, `arrive` and `home` wait,
+and autograd turns starts into waits.
 
-Bytes that a rank sends in a forward pass of one layer, with n (token, other rank) pairs that leave it, m that came to it from others, R ranks:
-rows n × D × itemsize, ids n × K × 4, weights n × K × itemsize of the weights, home m × D × itemsize, counts (R - 1) × (1 + E / R) × 8.
+Bytes that a rank sends in a forward pass of one layer, with n (token, other rank) pairs that leave it, m that came to
+it from others, R ranks:
+rows n × D × itemsize, ids n × K × 4, weights n × K × itemsize of the weights, home m × D × itemsize, counts (R - 1) ×
+(1 + E / R) × 8.
 Backward: m rows, m weights, n rows home.
 
 T tokens here   K experts a token   E experts   R ranks of the axis   e experts a rank (E / R)   D hidden
@@ -28,9 +31,9 @@ from xtf.transform import Env, Transform
 
 
 class Plan(NamedTuple):
-    """Who goes where. `there_TR`: whether token t has an expert on rank r. `mine_R`: rows that go to each. `theirs_RX`: what each rank announced,
-    int64: how many rows it sends here, how many pairs they make for each expert (and, under bounds, how many it would have sent without
-    them); on its way to the host in `copy`. `e`: experts a rank."""
+    """Who goes where. `there_TR`: whether token t has an expert on rank r. `mine_R`: rows that go to each. `theirs_RX`:
+    what each rank announced, int64: how many rows it sends here, how many pairs they make for each expert (and, under
+    bounds, how many it would have sent without them); on its way to the host in `copy`. `e`: experts a rank."""
     experts_TK: torch.Tensor
     there_TR: torch.Tensor
     mine_R: torch.Tensor
@@ -54,8 +57,8 @@ class Rows(NamedTuple):
 
 
 class Strategy(Protocol):
-    """How many rows to make room for. `rows` and `pairs` are bounds, or None; sizes(plan) -> (rows sent to each rank, rows received from each,
-    pairs computed here)."""
+    """How many rows to make room for. `rows` and `pairs` are bounds, or None; sizes(plan) -> (rows sent to each rank,
+    rows received from each, pairs computed here)."""
     @property
     def rows(self) -> int | None: ...
 
@@ -67,7 +70,8 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class exact:
-    """Exactly the rows that are needed: the host waits, once a layer, for counts that were sent off before the router's weights were made.
+    """Exactly the rows that are needed: the host waits, once a layer, for counts that were sent off before the router's
+    weights were made.
 
     >>> exact().rows is None
     True
@@ -82,7 +86,8 @@ class exact:
 
 @dataclass(frozen=True)
 class static:
-    """Room for `rows` rows a pair of ranks and `pairs` (row, expert) pairs a rank, whatever the router does; the host waits for nothing.
+    """Room for `rows` rows a pair of ranks and `pairs` (row, expert) pairs a rank, whatever the router does; the host
+    waits for nothing.
 
     If a step needs more, no update is made (see `Ops.sound`) and the step raises `Overflow`, which says what it needed.
 
@@ -104,12 +109,14 @@ class static:
 
 
 class Overflow(RuntimeError):
-    """A step needed more room than `static` gives. The state that it was given is unchanged: `withheld` says so to `jit`."""
+    """A step needed more room than `static` gives. The state that it was given is unchanged: `withheld` says so to
+    `jit`."""
     withheld = True
 
 
 def ep(axis: str = "ep", strategy: Strategy = exact()) -> Transform:
-    """Divide experts (leaves with a dim named "expert") over a mesh axis; `fsdp` stores them further over its other axes.
+    """Divide experts (leaves with a dim named "expert") over a mesh axis; `fsdp` stores them further over its other
+    axes.
 
     The axis may be `ulysses`' as well. Nothing is dropped, ever.
 
@@ -129,7 +136,8 @@ class Bounds:
     def __init__(self, strategy: Strategy):
         self.strategy = strategy
         self.env: Env | None = None
-        self.needed: list[torch.Tensor] = []                 # since the step began: [rows a pair of ranks, pairs a rank], on the device
+        # since the step began: [rows a pair of ranks, pairs a rank], on the device
+        self.needed: list[torch.Tensor] = []
         self.most: torch.Tensor | None = None
 
     def over_ranks(self) -> torch.Tensor | None:
@@ -158,14 +166,16 @@ class Bounds:
             most = self.over_ranks()
             if most is not None and not self.fits(most):
                 rows, pairs = most.tolist()
-                raise Overflow(f"ep: static(rows={self.strategy.rows}, pairs={self.strategy.pairs}) is too little: this step needed rows={rows} "
-                               f"and pairs={pairs}. No update was made and the state is as it was; raise the bounds, or use exact()")
+                raise Overflow(f"ep: static(rows={self.strategy.rows}, pairs={self.strategy.pairs}) is too little: "
+                               f"this step needed rows={rows} and pairs={pairs}. No update was made and the state is "
+                               "as it was; raise the bounds, or use exact()")
             return out
         return step
 
 
 class Message:
-    """Rows on their way, `send[r]` of them to rank r. Started and awaited apart; in backward the wait starts, and the start waits."""
+    """Rows on their way, `send[r]` of them to rank r. Started and awaited apart; in backward the wait starts, and the
+    start waits."""
 
     def __init__(self, group: C.Group, send: list[int], recv: list[int]):
         self.group, self.send, self.recv = group, send, recv
@@ -206,7 +216,7 @@ class Wait(torch.autograd.Function):
         message = ctx.message
         out, message.work, sent = C.all_to_all_start(g, message.recv, message.send, message.group)
         message.kept = out, sent
-        return g.new_zeros(()).expand(g.shape), None         # autograd wants the arrival's shape: a placeholder without memory
+        return g.new_zeros(()).expand(g.shape), None  # autograd wants the arrival's shape: a placeholder without memory
 
 
 def count(experts_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -217,7 +227,8 @@ def count(experts_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> Ops:
     if axis not in AXES and axis not in M.axes(env.mesh):
-        raise ValueError(f"ep: the mesh is {M.describe(env.mesh)} and has no axis {axis!r}; known axes are {', '.join(AXES)}")
+        raise ValueError(f"ep: the mesh is {M.describe(env.mesh)} and has no axis {axis!r}; known axes are "
+                         f"{', '.join(AXES)}")
     if env.size(axis) == 1:
         return ops
     bounds.env = env
@@ -257,7 +268,8 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         at_TR = torch.where(plan.there_TR, begin_R + plan.there_TR.long().cumsum(0) - 1, P)
         token_TR = torch.arange(T, device=where)[:, None].expand(T, R)
         rank_TR = torch.arange(R, device=where).expand(T, R)
-        src_P = torch.full((P + 1,), T, device=where).scatter_(0, at_TR.flatten(), torch.where(plan.there_TR, token_TR, T).flatten())[:P]
+        src_P = torch.full((P + 1,), T, device=where).scatter_(0, at_TR.flatten(),
+                                                               torch.where(plan.there_TR, token_TR, T).flatten())[:P]
         rank_P = torch.zeros(P + 1, dtype=torch.int64, device=where).scatter_(0, at_TR.flatten(), rank_TR.flatten())[:P]
         where_TK = at_TR.sort(1).values[:, :min(R, K)]
         ids_PK = F.pad(plan.experts_TK, (0, 0, 0, 1), value=-1)[src_P] - rank_P[:, None] * e
@@ -265,7 +277,8 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         ids_PK = torch.where(here_PK, ids_PK, e).to(torch.int32)
         messages = [Message(group, send, recv) for _ in range(3)]
         parts = ids_PK, spread(x_TD, src_P, where_TK), spread(weights_TK, src_P, where_TK) * here_PK
-        return plan, src_P, where_TK, pairs, [(message.start(x), message) for x, message in zip(parts, messages, strict=True)]
+        return plan, src_P, where_TK, pairs, [(message.start(x), message)
+                                              for x, message in zip(parts, messages, strict=True)]
 
     def arrive(flight: Any) -> Rows:
         plan, src_P, where_TK, N, parts = flight
@@ -286,7 +299,8 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         where_QK = torch.full((Q * K + 1,), N, device=order_N.device).scatter_(
             0, order_N, torch.where(order_N < Q * K, n, N))[:-1].view(Q, K)
         weights_N = spread(weights_QK.reshape(-1, 1), order_N, where_QK.reshape(-1, 1)).squeeze(1)
-        return Rows(spread(x_QD, src_N, where_QK), weights_N, ends_E, dropped, src_N, where_QK, src_P, where_TK, (parts[0][1].send, parts[0][1].recv))
+        return Rows(spread(x_QD, src_N, where_QK), weights_N, ends_E, dropped, src_N, where_QK, src_P, where_TK,
+                    (parts[0][1].send, parts[0][1].recv))
 
     def combine(y_ND: torch.Tensor, rows: Rows) -> Any:
         message = Message(group, rows.sizes[1], rows.sizes[0])
@@ -297,5 +311,6 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         return collect(Wait.apply(y_PD, message), rows.src_P, rows.where_TK)  # pyright: ignore[reportArgumentType]
 
     moves = {"plan": plan, "dispatch": dispatch, "arrive": arrive, "combine": combine, "home": home}
-    return replace(ops, **{name: torch.compiler.disable(move) for name, move in moves.items()},            # sizes that depend on values
+    # sizes that depend on values
+    return replace(ops, **{name: torch.compiler.disable(move) for name, move in moves.items()},
                    sound=bounds.sound if strategy.rows is not None else ops.sound)

@@ -1,14 +1,15 @@
 """`fsdp`: leaves stored in parts, computed whole.
 
-FSDP is the difference between two layouts: gather on the way in, reduce-scatter as its adjoint. A block's leaves are gathered into
-one bucket; the gather of the next block starts before this one computes, and the bucket is dropped after it. Nothing is computed
-twice: what autograd saved of a bucket was a view of it, and a saved-tensor hook keeps (dtype, offset, size, stride) in its place;
-in backward the first such handle asks for the bucket again and starts the gather of the block before. With remat the gather moves
-inside the checkpointed function, and no handles are needed (hooks do not nest with checkpoint's own).
+FSDP is the difference between two layouts: gather on the way in, reduce-scatter as its adjoint. A block's leaves are
+gathered into one bucket; the gather of the next block starts before this one computes, and the bucket is dropped after
+it. Nothing is computed twice: what autograd saved of a bucket was a view of it, and a saved-tensor hook keeps (dtype,
+offset, size, stride) in its place; in backward the first such handle asks for the bucket again and starts the gather of
+the block before. With remat the gather moves inside the checkpointed function, and no handles are needed (hooks do not
+nest with checkpoint's own).
 
-Bytes of one `value_and_grad` (so of each micro-batch), for a bucket of S bytes (rows padded to a multiple of the W ranks): each
-gather sends (W - 1) / W × S from a rank, twice (once with reshard=False, and for a block whose backward needs no weight); the
-reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
+Bytes of one `value_and_grad` (so of each micro-batch), for a bucket of S bytes (rows padded to a multiple of the W
+ranks): each gather sends (W - 1) / W × S from a rank, twice (once with reshard=False, and for a block whose backward
+needs no weight); the reduce-scatter sends (W - 1) / W × S in the reduction's dtype.
 """
 import itertools
 import math
@@ -32,11 +33,11 @@ from xtf.transform import Env, Transform, computed
 def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = torch.float32) -> Transform:
     """Store every leaf over `axes` (those that no transform computes over), and gather it where it is used.
 
-    Gathers move the dtype that leaves compute in (`bf16()`: bf16 casts of fp32 masters); gradients are reduced in at least
-    `reduce_dtype` (None: as they come). `reshard=False` keeps gathered weights from forward to backward: half the gathers, all the
-    weights in memory. Leaves that are whole already but compute in another dtype are treated alike: on one process, too, the cast
-    copies of one block at a time are alive. A `replicate` axis left out of `axes` is HSDP: parts are stored per group, gradients
-    summed across groups.
+    Gathers move the dtype that leaves compute in (`bf16()`: bf16 casts of fp32 masters); gradients are reduced in at
+    least `reduce_dtype` (None: as they come). `reshard=False` keeps gathered weights from forward to backward: half the
+    gathers, all the weights in memory. Leaves that are whole already but compute in another dtype are treated alike: on
+    one process, too, the cast copies of one block at a time are alive. A `replicate` axis left out of `axes` is HSDP:
+    parts are stored per group, gradients summed across groups.
 
     Sources: ZeRO (arXiv 1910.02054), FSDP (arXiv 2304.11277).
 
@@ -45,7 +46,8 @@ def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = to
     """
     if not axes:
         raise ValueError('fsdp: name the mesh axes to store over, e.g. fsdp("dp", "ep", "sp")')
-    return Transform("fsdp", 10, lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None or env.casts else ops, store=axes)
+    return Transform("fsdp", 10, lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None
+                     or env.casts else ops, store=axes)
 
 
 class Slot(NamedTuple):
@@ -72,7 +74,8 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """The leaves of one block that are stored in parts or in another dtype, whole in one buffer a dtype while they are needed."""
+    """The leaves of one block that are stored in parts or in another dtype, whole in one buffer a dtype while they are
+    needed."""
 
     def __init__(self, leaves: Sequence[torch.Tensor], env: Env, stats: dict[str, int]):
         self.slots: list[Slot] = []
@@ -93,13 +96,13 @@ class Bucket:
         self.works: list[tuple[Any, torch.Tensor]] = []
         self.next: Bucket | None = None
         self.prev: Bucket | None = None
-        self.inside = False                              # forward gave the block's inputs a border that backward has not passed
+        self.inside = False  # forward gave the block's inputs a border that backward has not passed
 
     def start(self) -> None:
         """Start gathering, unless that is done or under way."""
         if self.flat:
             return
-        with _disable_current_modes():                   # the schedule is no part of what selective checkpoint replays or counts
+        with _disable_current_modes():  # the schedule is no part of what selective checkpoint replays or counts
             self.flat = {d: self.slots[0].part.new_empty(n, dtype=d) for d, n in self.sizes.items()}
             for s in self.slots:
                 whole = self.flat[s.dtype][s.at:s.at + s.ranks * s.padded]
@@ -118,7 +121,7 @@ class Bucket:
         """The gathered buffers, once `ahead` has been started behind them."""
         self.start()
         self.wait()
-        if ahead is not None and any(s.group for s in ahead.slots):                  # a mere cast has nothing to wait for
+        if ahead is not None and any(s.group for s in ahead.slots):  # a mere cast has nothing to wait for
             ahead.start()
         return self.flat
 
@@ -136,7 +139,8 @@ class Bucket:
 
     def handles(self) -> Any:
         """The hook that keeps a handle for every saved view of this bucket."""
-        bases = {flat.untyped_storage()._cdata: dtype for dtype, flat in self.flat.items() if flat.numel()}      # fake tensors have no addresses
+        # fake tensors have no addresses
+        bases = {flat.untyped_storage()._cdata: dtype for dtype, flat in self.flat.items() if flat.numel()}
 
         def pack(t: torch.Tensor) -> Any:
             if bases.get(t.untyped_storage()._cdata) is t.dtype:
@@ -150,7 +154,8 @@ class Bucket:
 
 
 class Pending(NamedTuple):
-    """A gradient on its way: the leaf it is for, its part of the sum (once `work` is done), and what must stay alive until then."""
+    """A gradient on its way: the leaf it is for, its part of the sum (once `work` is done), and what must stay alive
+    until then."""
     leaf: torch.Tensor
     grad: torch.Tensor
     work: Any
@@ -160,7 +165,8 @@ class Pending(NamedTuple):
 class Gather(torch.autograd.Function):
     """Parts → whole leaves. One output a leaf (slices of one flat output cost ten times as much in backward).
 
-    Backward deposits (leaf, part, work) and returns None: autograd would add a tied leaf's two gradients before they are there.
+    Backward deposits (leaf, part, work) and returns None: autograd would add a tied leaf's two gradients before they
+    are there.
     """
     @staticmethod
     def forward(ctx, bucket, ahead, pending, reduce_dtype, *parts):
@@ -175,7 +181,7 @@ class Gather(torch.autograd.Function):
     def backward(ctx, *grads):
         if not ctx.bucket.inside:
             ctx.bucket.drop()
-        settle(ctx.pending)                              # those of the block before, which flew under this one's compute
+        settle(ctx.pending)  # those of the block before, which flew under this one's compute
         for g, s in zip(grads, ctx.bucket.slots, strict=True):
             if g is None or not s.part.requires_grad:
                 continue
@@ -236,7 +242,7 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
     pending: list[Pending] = []
     stats = {"gathers": 0, "alive": 0, "most_alive": 0}
     for p in () if env.layout is None else tree.leaves(env.layout):
-        M.group_of(p.mesh)                               # making groups is a collective: here, in one order, and not inside a step
+        M.group_of(p.mesh)  # making groups is a collective: here, in one order, and not inside a step
 
     def prepare(params: tree.Tree) -> tuple[list, Any, list[int], Bucket | None]:
         leaves, treedef = tree.flatten(params)
@@ -270,7 +276,8 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
     def use(fn: Callable, params: tree.Tree, *args: Any) -> Any:
         return call(fn, prepare(params), *args)
 
-    def scan(block: Callable, layers: Sequence, x: Any, *shared: Any, xs: Sequence | None = None, around: Callable | None = None) -> tuple[Any, list]:
+    def scan(block: Callable, layers: Sequence, x: Any, *shared: Any, xs: Sequence | None = None,
+             around: Callable | None = None) -> tuple[Any, list]:
         refuse_closures(block)
         all_prepared = [prepare(params) for params in layers]
         buckets = [p[3] for p in all_prepared]
@@ -287,9 +294,10 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
             if around is None:
                 x, y = call(run, prepared, x, *shared)
             else:
-                again: list[bool] = []                   # filled by the first run: the second is backward's recomputation
+                again: list[bool] = []  # filled by the first run: the second is backward's recomputation
 
-                def inside(x: Any, *shared: Any, prepared: tuple = prepared, run: Callable = run, again: list = again) -> tuple[Any, Any]:
+                def inside(x: Any, *shared: Any, prepared: tuple = prepared, run: Callable = run,
+                           again: list = again) -> tuple[Any, Any]:
                     bucket = prepared[3]
                     params = whole(prepared, bucket and (bucket.prev if again else bucket.next))
                     again.append(True)

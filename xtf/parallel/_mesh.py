@@ -13,10 +13,11 @@ from xtf.parallel.collectives import Group
 
 
 def mesh(**sizes: int) -> DeviceMesh | None:
-    """The mesh with these axes: `replicate`, `dp` and `ep` divide packs, `sp` is for `ulysses`; other names are for your transforms.
+    """The mesh with these axes: `replicate`, `dp` and `ep` divide packs, `sp` is for `ulysses`; other names are for
+    your transforms.
 
-    Ranks are numbered with the last axis fastest: replicate, dp, ep, sp, then yours. Without torch.distributed, where every size
-    is 1, it is None: one process.
+    Ranks are numbered with the last axis fastest: replicate, dp, ep, sp, then yours. Without torch.distributed, where
+    every size is 1, it is None: one process.
 
     Raises ValueError if the sizes do not multiply to the number of ranks.
 
@@ -36,7 +37,8 @@ def mesh(**sizes: int) -> DeviceMesh | None:
     if need != dist.get_world_size():
         raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks, but {dist.get_world_size()} were started; "
                          "make the sizes multiply to the number of ranks")
-    kind = "cpu" if dist.get_backend() == "gloo" else device.device().type         # xtf.testing's pool is gloo wherever it runs
+    # xtf.testing's pool is gloo wherever it runs
+    kind = "cpu" if dist.get_backend() == "gloo" else device.device().type
     return init_device_mesh(kind, tuple(sizes.values()) or (1,), mesh_dim_names=tuple(sizes) or ("dp",))
 
 
@@ -70,7 +72,7 @@ def flattened(m: DeviceMesh, store: tuple[str, ...]) -> DeviceMesh:
     if store not in cache:
         names = axes(m)
         rest = [n for n in names if n not in store]
-        with _disable_current_modes():                   # ranks are read, also under a mode in which all other tensors are fake
+        with _disable_current_modes():  # ranks are read, also under a mode in which all other tensors are fake
             ranks = m.mesh.permute([names.index(n) for n in (*store, *rest)])
             ranks = ranks.reshape(-1, *[size(m, n) for n in rest])
             cache[store] = DeviceMesh(m.device_type, ranks, mesh_dim_names=("store", *rest))
@@ -87,7 +89,7 @@ def group_of(flat: DeviceMesh) -> Group:
     """The process groups of the first axis of a mesh that `flattened` made: a DTensor leaf carries its own."""
     if flat not in _groups:
         pg = reduce = flat.get_group(0)
-        if flat.device_type != "cpu":                 # NCCL runs one group's collectives in order: a second group, its own stream
+        if flat.device_type != "cpu":  # NCCL runs one group's collectives in order: a second group, its own stream
             lines = flat.mesh.reshape(flat.size(0), -1).T.tolist()
             made = [dist.new_group(ranks) for ranks in lines]
             reduce = next(g for g, ranks in zip(made, lines, strict=True) if dist.get_rank() in ranks)
@@ -131,4 +133,5 @@ def tell_all(m: DeviceMesh, value: Any) -> dict[int, Any]:
     return said
 
 
-__all__ = ["axes", "describe", "flattened", "forget", "group", "group_of", "is_main", "mesh", "rank", "size", "tell_all", "world"]
+__all__ = ["axes", "describe", "flattened", "forget", "group", "group_of", "is_main", "mesh", "rank", "size",
+           "tell_all", "world"]

@@ -1,8 +1,9 @@
 """`ulysses`: positions divided over an axis; around attention, heads are divided instead.
 
-Each rank holds t = T / W consecutive positions of every pack. Before attention an all-to-all scatters heads and gathers positions;
-after it the reverse. Key-value heads fewer than (or not divided by) the axis are repeated exactly as often as needed, lcm(K, W) / K
-times; the adjoint of the repetition adds their gradients. Segments stay whole. Nothing else in a model sees other positions.
+Each rank holds t = T / W consecutive positions of every pack. Before attention an all-to-all scatters heads and gathers
+positions; after it the reverse. Key-value heads fewer than (or not divided by) the axis are repeated exactly as often
+as needed, lcm(K, W) / K times; the adjoint of the repetition adds their gradients. Segments stay whole. Nothing else in
+a model sees other positions.
 
 Bytes each layer and pass, from a rank: (W - 1) / W × (q + k + v + o), with k and v after repetition; backward the same.
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
@@ -19,14 +20,16 @@ from xtf.transform import Env, Transform
 
 
 def ulysses(axis: str = "sp") -> Transform:
-    """Divide the sequence over a mesh axis. (`xtf.data` cuts labels and masks over "sp"; for another axis cut them yourself.)
+    """Divide the sequence over a mesh axis. (`xtf.data` cuts labels and masks over "sp"; for another axis cut them
+    yourself.)
 
     Raises ValueError, when the step runs, if the axis does not divide the positions or the query heads.
 
     >>> ulysses("sp").tokens
     ('sp',)
     """
-    return Transform("ulysses", 20, lambda ops, env: _wrap(ops, env, axis) if env.size(axis) > 1 else ops, tokens=(axis,))
+    return Transform("ulysses", 20, lambda ops, env: _wrap(ops, env, axis) if env.size(axis) > 1 else ops,
+                     tokens=(axis,))
 
 
 def _wrap(ops: Ops, env: Env, axis: str) -> Ops:
@@ -34,29 +37,34 @@ def _wrap(ops: Ops, env: Env, axis: str) -> Ops:
 
     def split(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         if x.shape[dim] % W:
-            raise ValueError(f"ulysses: {axis}={W} does not divide {x.shape[dim]} positions; make the sequence length a multiple of {W}")
+            raise ValueError(f"ulysses: {axis}={W} does not divide {x.shape[dim]} positions; make the sequence length "
+                             f"a multiple of {W}")
         return ops.split(x, dim).chunk(W, dim)[rank]
 
     def scatter_heads(x_PtHd: torch.Tensor) -> torch.Tensor:
         P, t, H, d = x_PtHd.shape
-        by_rank = all_to_all(x_PtHd.view(P, t, W, H // W, d).movedim(2, 0), group)       # [W, P, t, H/W, d], W the source's positions
+        # [W, P, t, H/W, d], W the source's positions
+        by_rank = all_to_all(x_PtHd.view(P, t, W, H // W, d).movedim(2, 0), group)
         return by_rank.movedim(0, 1).reshape(P, W * t, H // W, d)
 
     def gather_heads(x_PThd: torch.Tensor) -> torch.Tensor:
         P, T, h, d = x_PThd.shape
-        by_rank = all_to_all(x_PThd.reshape(P, W, T // W, h, d).movedim(1, 0), group)    # [W, P, t, H/W, d], W the source's heads
+        # [W, P, t, H/W, d], W the source's heads
+        by_rank = all_to_all(x_PThd.reshape(P, W, T // W, h, d).movedim(1, 0), group)
         return by_rank.movedim(0, 2).reshape(P, T // W, W * h, d)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments: torch.Tensor, sinks: torch.Tensor | None = None,
-               **kw: Any) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, segments: torch.Tensor,
+               sinks: torch.Tensor | None = None, **kw: Any) -> torch.Tensor:
         H, K = q.shape[2], k.shape[2]
         if H % W:
-            raise ValueError(f"ulysses: {axis}={W} does not divide {H} query heads; use an axis whose size divides the heads")
+            raise ValueError(f"ulysses: {axis}={W} does not divide {H} query heads; use an axis whose size divides "
+                             "the heads")
         repeat = math.lcm(K, W) // K
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         if sinks is not None:
             sinks = sinks.chunk(W)[rank]
-        return gather_heads(ops.attend(scatter_heads(q), scatter_heads(k), scatter_heads(v), segments=segments, sinks=sinks, **kw))
+        return gather_heads(ops.attend(scatter_heads(q), scatter_heads(k), scatter_heads(v), segments=segments,
+                                       sinks=sinks, **kw))
 
     return replace(ops, split=split, attend=attend)

@@ -1,8 +1,9 @@
 """`matrices`: work on whole matrices that are stored in parts, each matrix done by one of the ranks that store it.
 
-Ranks that hold other matrices of a stack (experts) have nothing to do with each other. Those that hold parts or copies of the same
-matrices share them out by cost, largest first, each to the rank with the least so far. One all-to-all brings an owner the parts of its
-matrices, from the ranks of its own replica; a second one takes the results to every rank that stores a part.
+Ranks that hold other matrices of a stack (experts) have nothing to do with each other. Those that hold parts or copies
+of the same matrices share them out by cost, largest first, each to the rank with the least so far. One all-to-all
+brings an owner the parts of its matrices, from the ranks of its own replica; a second one takes the results to every
+rank that stores a part.
 """
 import itertools
 import math
@@ -43,7 +44,8 @@ class Run(NamedTuple):
 def matrices(fn: Callable[[torch.Tensor], torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     """`fn(x_Nab)` of the whole matrices of each leaf [..., a, b], in the leaf's placement; `fn` keeps shape and dtype.
 
-    Bytes: for each matrix of S bytes, cut in W parts and stored R times, its owner is sent S less its own part, and sends
+    Bytes: for each matrix of S bytes, cut in W parts and stored R times, its owner is sent S less its own part, and
+        sends
     R S less its own part: with even parts ((W - 1) + (R W - 1)) / W × S over all ranks. Nothing moves where ranks store
     whole matrices once, and each matrix is computed once.
     """
@@ -91,7 +93,8 @@ def _shared(fn: Callable, leaves: list, mesh: Any, axes: tuple[int, ...]) -> lis
                 flat = flat[math.prod(shape):]
 
     wholes = in_stacks(fn, wholes)
-    back = [[whole[:, parts[r.leaf][j].rows, parts[r.leaf][j].columns] for r, whole in zip(mine, wholes, strict=True)] for j in ranks]
+    back = [[whole[:, parts[r.leaf][j].rows, parts[r.leaf][j].columns] for r, whole in zip(mine, wholes, strict=True)]
+            for j in ranks]
     sizes = [sum(r.count * math.prod(parts[r.leaf][me].shape) for r in runs if r.owner == j) for j in ranks]
     came = C.exchange(back, sizes, group, stacks[0])
     out = [torch.empty_like(x) for x in stacks]
@@ -105,7 +108,8 @@ def _shared(fn: Callable, leaves: list, mesh: Any, axes: tuple[int, ...]) -> lis
 
 
 def _parts(leaf: DTensor, mesh: Any, axes: tuple[int, ...]) -> list[Part]:
-    """For each rank of the group: a process group numbers its ranks by their global numbers, not by the order of the axes."""
+    """For each rank of the group: a process group numbers its ranks by their global numbers, not by the order of the
+    axes."""
     here = mesh.get_coordinate()
     found = {}
     for there in itertools.product(*(range(mesh.size(i)) if i in axes else (here[i],) for i in range(mesh.ndim))):

@@ -1,8 +1,9 @@
-"""What a layout costs before it is run: memory, messages, work and time, as a table (`python -m xtf.plan`) and as values."""
+"""What a layout costs before it is run: memory, messages, work and time, as a table (`python -m xtf.plan`) and as
+values."""
 from xtf.plan._report import Flags, Report, report, table, this_cpu
 from xtf.plan._search import meshes, search
 from xtf.plan.command import main
 from xtf.plan.step import Balanced, Measured, Message, measure, ordered, ranks, training_step, transforms
 
-__all__ = ["Balanced", "Flags", "Measured", "Message", "Report", "main", "measure", "meshes", "ordered", "ranks", "report", "search", "table",
-           "this_cpu", "training_step", "transforms"]
+__all__ = ["Balanced", "Flags", "Measured", "Message", "Report", "main", "measure", "meshes", "ordered", "ranks",
+           "report", "search", "table", "this_cpu", "training_step", "transforms"]

@@ -1,4 +1,5 @@
-"""What a layout costs, before anyone rents it: one real sharded step over tensors without numbers, as any one of any number of ranks.
+"""What a layout costs, before anyone rents it: one real sharded step over tensors without numbers, as any one of any
+number of ranks.
 
     python -m xtf.plan MODEL_DIR --world 1024 --mesh dp=16,ep=32,sp=2 --seq-len 4096 --remat
     python -m xtf.plan MODEL_DIR --world 64 --machine h200 --search
@@ -21,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.cli(Flags, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     sizes = parse_mesh(flags.mesh) or {"dp": flags.world}
     if math.prod(sizes.values()) != flags.world:
-        raise SystemExit(f"--mesh {flags.mesh}: the sizes multiply to {math.prod(sizes.values())}, --world is {flags.world}; make them agree")
+        raise SystemExit(f"--mesh {flags.mesh}: the sizes multiply to {math.prod(sizes.values())}, --world is "
+                         f"{flags.world}; make them agree")
     try:
         if not flags.search:
             found = [report(flags, sizes, flags.remat)]
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     if flags.json:
         print(msgspec.json.encode(found).decode())
     elif not found:
-        raise SystemExit(f"no mesh of {flags.world} ranks fits; take more ranks, a shorter --seq-len or fewer bytes of --moments")
+        raise SystemExit(f"no mesh of {flags.world} ranks fits; take more ranks, a shorter --seq-len or fewer bytes "
+                         "of --moments")
     for r in found if not flags.json else ():
-        print(f"{r.tokens_per_second_per_device:>10,.0f} tokens/s a device{r.peak / 1e9:>9.1f} GB   {text(r.mesh)}{', remat' * r.remat}")
+        print(f"{r.tokens_per_second_per_device:>10,.0f} tokens/s a device{r.peak / 1e9:>9.1f} GB   "
+              f"{text(r.mesh)}{', remat' * r.remat}")

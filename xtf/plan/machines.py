@@ -1,11 +1,14 @@
-"""Machines, and the time that a step takes on them by the roofline: every operator at the larger of its two times, products and memory."""
+"""Machines, and the time that a step takes on them by the roofline: every operator at the larger of its two times,
+products and memory."""
 from collections import Counter
 from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """One device of a cluster, by datasheet. flops: dense bf16 products a second. memory: bytes. bandwidth: bytes a second of that memory.
-    node: devices that share fast links. fast, slow: bytes a second that a device sends within its node, and out of it."""
+    """One device of a cluster, by datasheet. flops: dense bf16 products a second. memory: bytes. bandwidth: bytes a
+    second of that memory.
+    node: devices that share fast links. fast, slow: bytes a second that a device sends within its node, and out of
+        it."""
     flops: float
     memory: float
     bandwidth: float
@@ -14,8 +17,9 @@ class Machine(NamedTuple):
     slow: float
 
 
-# Makers' datasheets, without sparsity; links in one direction; out of a node 400 Gb/s a device (8 ConnectX-7 in a node).
-# a3: one die of an Ascend 910C, which is what torch sees as a device; the links of a supernode of 384 (arXiv 2506.12708, section 3).
+# Makers' datasheets, without sparsity; links in one direction; out of a node 400 Gb/s a device (8 ConnectX-7 in a
+# node). a3: one die of an Ascend 910C, which is what torch sees as a device; the links of a supernode of 384 (arXiv
+# 2506.12708, section 3).
 MACHINES = {
     "h100": Machine(989e12, 80e9, 3.35e12, 8, 450e9, 50e9),
     "h800": Machine(989e12, 80e9, 3.35e12, 8, 200e9, 50e9),
@@ -24,7 +28,8 @@ MACHINES = {
     "a3": Machine(376e12, 64e9, 1.6e12, 768, 196e9, 25e9),
 }
 
-# The part of a datasheet figure that programs reach. One table for all machines and models; none is fitted to a row that we predict.
+# The part of a datasheet figure that programs reach. One table for all machines and models; none is fitted to a row
+# that we predict.
 EFFICIENCY = {
     "products": 0.7,         # large bf16 products with weights
     "experts": 0.5,          # grouped products, hundreds of rows an expert
@@ -38,7 +43,8 @@ FUSED = 0.5
 
 
 class Times(NamedTuple):
-    """Seconds of a step by what they are spent on. `hidden`: of gathers and reductions, which run under the compute as far as it lasts."""
+    """Seconds of a step by what they are spent on. `hidden`: of gathers and reductions, which run under the compute as
+    far as it lasts."""
     products: float
     experts: float
     attention: float
@@ -54,13 +60,16 @@ class Times(NamedTuple):
         return max(compute, self.hidden) + self.exposed + self.optimizer
 
 
-def roofline(machine: Machine, work: Counter, messages: list[tuple[str, int, int, int]], compiled: bool = True) -> Times:
-    """How long the work of an `xtf.plan.ledger.Ledger` takes, and its messages: (kind, ranks, ranks of them in this node, bytes sent from here).
+def roofline(machine: Machine, work: Counter, messages: list[tuple[str, int, int, int]],
+             compiled: bool = True) -> Times:
+    """How long the work of an `xtf.plan.ledger.Ledger` takes, and its messages: (kind, ranks, ranks of them in this
+    node, bytes sent from here).
 
-    An operator takes max(FLOPs / (peak × efficiency), bytes / (bandwidth × efficiency)). A message takes the longer of its parts inside and
-    out of the node: of W ranks, n of them here, (W - n) / (W - 1) of the bytes leave the node, through all n devices' links where all ranks
-    get the same (gathers, reductions), through its own where they do not (all-to-all). Gathers and reduce-scatters of fsdp are hidden under
-    compute, the rest is exposed. Latency and the host's time are left out.
+    An operator takes max(FLOPs / (peak × efficiency), bytes / (bandwidth × efficiency)). A message takes the longer of
+    its parts inside and out of the node: of W ranks, n of them here, (W - n) / (W - 1) of the bytes leave the node,
+    through all n devices' links where all ranks get the same (gathers, reductions), through its own where they do not
+    (all-to-all). Gathers and reduce-scatters of fsdp are hidden under compute, the rest is exposed. Latency and the
+    host's time are left out.
 
     >>> work = Counter({("products", 10**15, 10**9): 1})
     >>> round(roofline(MACHINES["h100"], work, []).products, 2)
@@ -75,7 +84,8 @@ def roofline(machine: Machine, work: Counter, messages: list[tuple[str, int, int
     for kind, ranks, near, nbytes in messages:
         out = nbytes * (ranks - near) / max(ranks - 1, 1)
         ways = 1 if kind == "all_to_all" else near
-        took = max((nbytes - out if kind == "all_to_all" else nbytes) / machine.fast, out / ways / machine.slow) / EFFICIENCY["links"]
+        took = max((nbytes - out if kind == "all_to_all" else nbytes) / machine.fast,
+                   out / ways / machine.slow) / EFFICIENCY["links"]
         if kind in ("all_gather", "reduce_scatter"):
             hidden += took
         else:

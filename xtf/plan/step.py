@@ -28,7 +28,8 @@ from xtf.transforms import bf16, jit, remat
 
 
 class Message(msgspec.Struct, frozen=True):
-    """All collectives of one kind over the same mesh axes: how many, and the bytes that this rank sends to others in them."""
+    """All collectives of one kind over the same mesh axes: how many, and the bytes that this rank sends to others in
+    them."""
     kind: str
     axes: tuple[str, ...]
     ranks: int
@@ -37,7 +38,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What one rank's step costs. Bytes at the moment when most are alive, by kind; FLOPs by kind of work; `tokens` of the whole step."""
+    """What one rank's step costs. Bytes at the moment when most are alive, by kind; FLOPs by kind of work; `tokens` of
+    the whole step."""
     peak: int
     memory: dict[str, int]
     messages: list[Message]
@@ -48,10 +50,12 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Balanced:
-    """A strategy of `ep` that knows how many rows go where without seeing them: `shares_LE`, each expert's part of its layer's pairs.
+    """A strategy of `ep` that knows how many rows go where without seeing them: `shares_LE`, each expert's part of its
+    layer's pairs.
 
-    A token chooses K different experts within `top_groups` groups at random, so it misses a rank that holds m of the n experts within with
-    probability C(n - m, K) / C(n, K); m is a rank's experts times their load over the even one. The rank that is planned is the fullest.
+    A token chooses K different experts within `top_groups` groups at random, so it misses a rank that holds m of the n
+    experts within with probability C(n - m, K) / C(n, K); m is a rank's experts times their load over the even one. The
+    rank that is planned is the fullest.
     """
     rows = pairs = None
 
@@ -60,7 +64,8 @@ class Balanced:
         self.shares_LE = shares_LE or [[1 / router.num_experts] * router.num_experts]
 
     def sizes(self, plan: Any) -> tuple[list[int], list[int], int]:
-        """As `Strategy.sizes` of `xtf.parallel.ep`. Layers come in their order, and in backward once more in reverse where they are recomputed."""
+        """As `Strategy.sizes` of `xtf.parallel.ep`. Layers come in their order, and in backward once more in reverse
+        where they are recomputed."""
         L, (T, K), R = len(self.shares_LE), plan.experts_TK.shape, len(plan.mine_R)
         at, self.calls = self.calls % (2 * L if self.again else L), self.calls + 1
         e = self.router.num_experts // R
@@ -72,22 +77,24 @@ class Balanced:
         return send, [send[0]] * R, round(T * K * loads[0])
 
     def reach(self, load: float, experts: int) -> float:
-        """The probability that a token has an expert on a rank of so many experts, `load` times as busy as the average."""
+        """The probability that a token has an expert on a rank of so many experts, `load` times as busy as the
+        average."""
         r = self.router
         group = r.num_experts // r.groups
         inside, held, n = min(experts, group), max(1, experts // group), r.top_groups * group
         missed = 0.0
-        for j in range(min(held, r.top_groups) + 1):                 # so many of the rank's groups are among the token's
+        for j in range(min(held, r.top_groups) + 1):  # so many of the rank's groups are among the token's
             chance = math.comb(held, j) * math.comb(r.groups - held, r.top_groups - j) / math.comb(r.groups, r.top_groups)
             missed += chance * math.prod(max(0.0, n - j * inside * load - i) / (n - i) for i in range(r.top_k))
         return 1 - missed
 
 
-# ---- one step ---------------------------------------------------------------------------------------------------------------------------
+# ---- one step --------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
-    """A mesh over ranks that do not exist, of which this process is number 0; None for one rank. Raises ValueError where there are real ones."""
+    """A mesh over ranks that do not exist, of which this process is number 0; None for one rank. Raises ValueError
+    where there are real ones."""
     if dist.is_initialized():
         raise ValueError("plan: this process has joined a process group; plan in a process of its own")
     if math.prod(sizes.values()) == 1:
@@ -103,7 +110,8 @@ def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
 
 
 def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | None = None) -> tuple[Any, Any, Any]:
-    """(the step of the recipes, its optimizer, its guard); the ledger, if there is one, is told which memory is the gradients'."""
+    """(the step of the recipes, its optimizer, its guard); the ledger, if there is one, is told which memory is the
+    gradients'."""
     tx = chain(clip_by_global_norm(1.0), adamw(schedules.cosine(1e-5, 100, 0.03), weight_decay=0.1, moments=moments))
     watch, has_experts = guard(), hasattr(cfg, "router")
 
@@ -134,7 +142,8 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
 
 def transforms(cfg: Any, dtype: str, remat_: bool, strategy: Any = None) -> list[Transform]:
     """Those of the recipes, without torch.compile: `strategy` is `ep`'s, for models with experts."""
-    return [fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=False), *([ep("ep", strategy or exact())] if hasattr(cfg, "router") else []),
+    return [fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=False),
+            *([ep("ep", strategy or exact())] if hasattr(cfg, "router") else []),
             *([bf16()] if dtype == "bf16" else []), *([remat()] if remat_ else [])]
 
 
@@ -147,15 +156,18 @@ def ordered(sizes: dict[str, int]) -> dict[str, int]:
     return {a: sizes[a] for a in (*(a for a in AXES if a in sizes), *(a for a in sizes if a not in AXES))}
 
 
-def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int, documents: int = 1, packs: int = 1, dtype: str = "bf16", 
-            remat_: bool = False, moments: Any = "fp32", kind: str = "meta", limit: float = math.inf, shares: Sequence[Sequence[float]] | None = None,
-            strategy: Any = None, batch: Batch | None = None) -> Measured:
+def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int, documents: int = 1, packs: int = 1,
+            dtype: str = "bf16",  remat_: bool = False, moments: Any = "fp32", kind: str = "meta",
+            limit: float = math.inf, shares: Sequence[Sequence[float]] | None = None, strategy: Any = None,
+            batch: Batch | None = None) -> Measured:
     """One training step of rank 0 on the mesh `sizes`, as the recipes write it, with nothing computed.
 
-    kind: "meta" stands for a GPU (kernels for CUDA), "cpu" for this machine. `shares` as in `Balanced`, `strategy` in its place. `batch` is
-    this rank's, of real tensors (kind "cpu"); without it packs are full, of `documents` that are alike.
+    kind: "meta" stands for a GPU (kernels for CUDA), "cpu" for this machine. `shares` as in `Balanced`, `strategy` in
+    its place. `batch` is this rank's, of real tensors (kind "cpu"); without it packs are full, of `documents` that are
+    alike.
 
-    Raises ValueError where the model does not divide over the mesh, MemoryError as soon as more than `limit` bytes are alive.
+    Raises ValueError where the model does not divide over the mesh, MemoryError as soon as more than `limit` bytes are
+    alive.
     """
     sizes = ordered(sizes)
     ledger = Ledger(documents)
@@ -178,8 +190,8 @@ def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int,
         for (what, n, _), count in ledger.work.items():
             flops[what] += n * count
         replicas = math.prod(sizes.get(a, 1) for a in PACK_AXES)
-        return Measured(ledger.peak, ledger.at_peak(), _messages(sent, mesh), dict(flops), given.input_ids.numel() * replicas,
-                        num_params(step.specs), ledger.work)
+        return Measured(ledger.peak, ledger.at_peak(), _messages(sent, mesh), dict(flops),
+                        given.input_ids.numel() * replicas, num_params(step.specs), ledger.work)
 
 
 def _empty(specs: tree.Tree, layout: tree.Tree | None, kind: str) -> tree.Tree:
@@ -187,7 +199,8 @@ def _empty(specs: tree.Tree, layout: tree.Tree | None, kind: str) -> tree.Tree:
     made = lambda p, size: torch.empty(size, dtype=p.dtype, device=kind)
     if layout is None:
         return tree.tree_map(lambda p: made(p, p.shape).requires_grad_(p.trainable), specs)
-    return tree.tree_map(lambda p, place: place.from_local(made(p, place.box(p.shape)[1]), p.shape).requires_grad_(p.trainable), specs, layout)
+    return tree.tree_map(lambda p, place: place.from_local(made(p, place.box(p.shape)[1]),
+                                                           p.shape).requires_grad_(p.trainable), specs, layout)
 
 
 def _full(packs: int, seq_len: int, documents: int, sp: int, kind: str) -> Batch:
@@ -195,9 +208,11 @@ def _full(packs: int, seq_len: int, documents: int, sp: int, kind: str) -> Batch
     with _disable_current_modes() if kind == "cpu" else contextlib.nullcontext():
         ids = torch.zeros(packs, seq_len, dtype=torch.int64, device=kind)
         mine = ids[:, :seq_len // sp].clone()
-        ends = torch.arange(max(documents, default_max_documents(seq_len)) + 1, dtype=torch.int32, device=kind) * (seq_len // documents)
-        return Batch(ids, mine, torch.ones_like(mine, dtype=torch.float32), torch.arange(seq_len, device=kind).repeat(packs, 1),
-                     ends.clamp(max=seq_len).repeat(packs, 1), torch.full((packs,), seq_len, device=kind))
+        ends = torch.arange(max(documents, default_max_documents(seq_len)) + 1, dtype=torch.int32,
+                            device=kind) * (seq_len // documents)
+        return Batch(ids, mine, torch.ones_like(mine, dtype=torch.float32),
+                     torch.arange(seq_len, device=kind).repeat(packs, 1), ends.clamp(max=seq_len).repeat(packs, 1),
+                     torch.full((packs,), seq_len, device=kind))
 
 
 def _messages(sent: list[C.Sent], mesh: DeviceMesh | None) -> list[Message]:
@@ -215,5 +230,6 @@ def _messages(sent: list[C.Sent], mesh: DeviceMesh | None) -> list[Message]:
         varies = (torch.stack(where) != where[0]).any(0).tolist()
         axes = tuple(a for a, v in zip(mesh.mesh_dim_names or (), varies, strict=True) if v)
         old = out.get((kind, axes))
-        out[kind, axes] = Message(kind, axes, size, count + (old.count if old else 0), nbytes + (old.bytes if old else 0))
+        out[kind, axes] = Message(kind, axes, size, count + (old.count if old else 0),
+                                  nbytes + (old.bytes if old else 0))
     return sorted(out.values(), key=lambda m: (m.kind, m.axes))

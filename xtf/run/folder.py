@@ -47,10 +47,11 @@ class GaveUp(ValueError):
 class Run:
     """The context around a recipe's work; `mesh` is there from its start.
 
-    `flags` is a `cli.Flags`. OUT is locked; it holds run.json (what made it), metrics.jsonl, checkpoints/ and at the end hf/. Every rank calls
-    every method, in one order.
+    `flags` is a `cli.Flags`. OUT is locked; it holds run.json (what made it), metrics.jsonl, checkpoints/ and at the
+    end hf/. Every rank calls every method, in one order.
 
-    Raises OSError where OUT is in use or cannot be written, ValueError where it holds checkpoints that the run would not go on from.
+    Raises OSError where OUT is in use or cannot be written, ValueError where it holds checkpoints that the run would
+    not go on from.
     """
 
     def __init__(self, flags: Any):
@@ -81,11 +82,12 @@ class Run:
                 more = "a larger --steps goes on" if saved else "it kept no checkpoint to go on from: another --out begins anew"
                 cli.say(f"{self.out}: finished at step {finished}; nothing to do ({more})")
             elif auto and finished is not None and not saved:
-                raise ValueError(f"--out {self.out}: finished at step {finished} and kept no checkpoint to go on from to --steps {want}; "
-                                 f"start from its model in another folder: --model {self.out}/hf --out ...")
+                raise ValueError(f"--out {self.out}: finished at step {finished} and kept no checkpoint to go on from "
+                                 f"to --steps {want}; start from its model in another folder: --model {self.out}/hf "
+                                 "--out ...")
             elif auto and saved and saved[-1] > want:
-                raise ValueError(f"--steps {want}: {self.out}/checkpoints is at step {saved[-1]} already; ask for more steps, or move the "
-                                 "later checkpoints away")
+                raise ValueError(f"--steps {want}: {self.out}/checkpoints is at step {saved[-1]} already; ask for "
+                                 "more steps, or move the later checkpoints away")
             elif not auto and saved:
                 raise ValueError(f"--out {self.out}: holds checkpoints of a run (steps {', '.join(map(str, saved))}); "
                                  "--resume auto goes on from the newest, another --out begins anew")
@@ -97,7 +99,7 @@ class Run:
         if self.looks:
             return
         try:
-            if kind is None or issubclass(kind, GaveUp | Overflow):               # all ranks are here; elsewhere one may be missing
+            if kind is None or issubclass(kind, GaveUp | Overflow):  # all ranks are here; elsewhere one may be missing
                 self.stop.close()
                 for background in filter(None, (self._checkpoints, self._exporter)):
                     background.close()
@@ -106,14 +108,15 @@ class Run:
             self.held.__exit__(kind, error, trace)
 
     def begin(self, state: TrainState, loader: Any, model: Any, cfg: Any) -> TrainState:
-        """The state to go on from: the newest whole checkpoint's, in the memory of `state`, where --resume finds one; else `state` itself.
+        """The state to go on from: the newest whole checkpoint's, in the memory of `state`, where --resume finds one;
+        else `state` itself.
 
         `loader` is set to the step after it, metrics.jsonl cut back to it, and run.json says what begins here.
 
         Raises ValueError where the checkpoint is of another model, or the data is not what it was.
         """
         flags, self.loader, self.names = self.flags, loader, model.names(cfg)
-        if self._quantise:                                            # not all leaves of all families can: say so now, not at the end
+        if self._quantise:  # not all leaves of all families can: say so now, not at the end
             hf.check(base(state.params), self.names, flags.model, quantise=self._quantise)
         source = self._source()
         if source is not None:
@@ -137,7 +140,8 @@ class Run:
         return state
 
     def steps(self) -> Iterator[tuple[int, tree.Tree]]:
-        """(number, batch of this rank on its device) of each step that is left; numbers count from 1. The next batches are made meanwhile."""
+        """(number, batch of this rank on its device) of each step that is left; numbers count from 1. The next batches
+        are made meanwhile."""
         with contextlib.closing(self.loader.stream(self.first, self.mesh)) as batches:
             for i in range(self.first + 1, self.flags.steps + 1):
                 batch = cli.on_device(next(batches))
@@ -147,7 +151,8 @@ class Run:
     def log(self, i: int, metrics: Mapping[str, Any]) -> None:
         """Log step `i`; what `optim.guard` says of it is among the metrics.
 
-        Raises ValueError with advice once --max-skipped steps in a row were skipped (seen one step late, so that nothing waits for the device).
+        Raises ValueError with advice once --max-skipped steps in a row were skipped (seen one step late, so that
+        nothing waits for the device).
         """
         if self.logged.main:
             self.logged.step(i, metrics, self.loader.documents(i - 1), self.loader.sources(i - 1))
@@ -167,7 +172,8 @@ class Run:
         return i in (0, self.flags.steps) or bool(self.flags.eval_every and i % self.flags.eval_every == 0)
 
     def save(self, i: int, state: TrainState) -> None:
-        """Save what is due after step `i`: every --save-every steps and at the end, in the background; or at once, if a signal came.
+        """Save what is due after step `i`: every --save-every steps and at the end, in the background; or at once, if a
+        signal came.
 
         The same for the model in Hugging Face's format (OUT/hf-STEP), every --export-every steps.
 
@@ -183,14 +189,17 @@ class Run:
             self._done(f"save after step {i}")
         if flags.export_every and i % flags.export_every == 0 and not heard:
             self._exporter = self._exporter or Exporter()
-            self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, flags.model, self._quantise)
+            self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, flags.model,
+                                self._quantise)
         if heard:
             self._checkpoints.close()
-            cli.say(f"{signal.Signals(heard).name}: {self.out}/checkpoints/{i} is saved; the same command with --resume auto goes on")
+            cli.say(f"{signal.Signals(heard).name}: {self.out}/checkpoints/{i} is saved; the same command with "
+                    "--resume auto goes on")
             raise SystemExit(128 + heard)
 
     def finish(self, params: tree.Tree) -> None:
-        """Write OUT/hf, the model in the format and dtypes of --model, with --lora also OUT/adapter in PEFT's, and mark the run as finished."""
+        """Write OUT/hf, the model in the format and dtypes of --model, with --lora also OUT/adapter in PEFT's, and mark
+        the run as finished."""
         for background in filter(None, (self._checkpoints, self._exporter)):
             background.wait()
         if "in_a_row" in self._before and (why := self._advice(self._before)):
@@ -211,7 +220,8 @@ class Run:
 
     def _open(self, folder: Path) -> Any:
         flags = self.flags
-        return Checkpoints(folder, keep=flags.keep, keep_every=flags.keep_every, best="eval_loss" if flags.keep_best else None)
+        return Checkpoints(folder, keep=flags.keep, keep_every=flags.keep_every,
+                           best="eval_loss" if flags.keep_best else None)
 
     def _saved(self) -> list[int]:
         """The checkpoints in OUT that are whole, rising; others are named and passed over."""
@@ -229,7 +239,8 @@ class Run:
         if self.flags.resume != "auto":
             path = Path(self.flags.resume)
             if not path.name.isdigit() or not path.is_dir():
-                raise ValueError(f"--resume {path}: neither `auto` nor a checkpoint's directory, like OUT/checkpoints/100")
+                raise ValueError(f"--resume {path}: neither `auto` nor a checkpoint's directory, like "
+                                 "OUT/checkpoints/100")
             return path.parent, int(path.name)
         return (self.out / "checkpoints", self.saved[-1]) if self.saved else None
 
@@ -237,12 +248,14 @@ class Run:
         file = self.out / "run.json"
         try:
             found = json.loads(file.read_text()) if file.exists() else {"runs": [], "finished": None}
-            if isinstance(found["finished"], int | None) and all(isinstance(run["flags"], dict) for run in found["runs"]):
+            if isinstance(found["finished"],
+                          int | None) and all(isinstance(run["flags"], dict) for run in found["runs"]):
                 return found
             reason = "not a record of a run"
         except (ValueError, TypeError, KeyError) as e:
             reason = f"broken: {e!r}"
-        raise ValueError(f"{file}: {reason}; move it away. It says what made the run, and whether it is finished: checkpoints do not need it")
+        raise ValueError(f"{file}: {reason}; move it away. It says what made the run, and whether it is finished: "
+                         "checkpoints do not need it")
 
     def _record(self, loader: Any, resumed_from: str | None) -> None:
         flags = json.loads(msgspec.json.encode(self.flags))
@@ -250,12 +263,15 @@ class Run:
         before = record["runs"][-1]["flags"] if record["runs"] and resumed_from else flags
         alpha = lambda flags: flags.get("lora_alpha") or 2.0 * flags.get("lora", 0)
         if alpha(before) != alpha(flags) and before.get("lora") == flags["lora"]:
-            raise ValueError(f"--lora-alpha {alpha(flags)}: the adapters of {resumed_from} were trained with {alpha(before)}; resume with that one")
+            raise ValueError(f"--lora-alpha {alpha(flags)}: the adapters of {resumed_from} were trained with "
+                             f"{alpha(before)}; resume with that one")
         changed = {k: (before.get(k), v) for k, v in flags.items() if before.get(k) != v and k != "resume"}
         if changed:
-            print("flags that changed: " + ", ".join(f"--{k.replace('_', '-')} {a} → {b}" for k, (a, b) in changed.items()), flush=True)
-        entry = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "argv": sys.argv, "flags": flags, "versions": versions(), "git": git(),
-                 "host": socket.gethostname(), "machine": platform.platform(), "mesh": describe(self.mesh), "data": loader.fingerprint,
+            print("flags that changed: "
+                  + ", ".join(f"--{k.replace('_', '-')} {a} → {b}" for k, (a, b) in changed.items()), flush=True)
+        entry = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "argv": sys.argv, "flags": flags,
+                 "versions": versions(), "git": git(), "host": socket.gethostname(), "machine": platform.platform(),
+                 "mesh": describe(self.mesh), "data": loader.fingerprint,
                  "resumed_from": resumed_from}
         self._write({"runs": [*(record["runs"] if resumed_from else []), entry], "finished": None})
 
@@ -279,7 +295,8 @@ def versions() -> dict[str, str]:
 
 
 def git() -> dict[str, str] | None:
-    """The commit of the script that runs (`commit`) and what differs from it (`diff`, at most 1 MB); None outside of git."""
+    """The commit of the script that runs (`commit`) and what differs from it (`diff`, at most 1 MB); None outside of
+    git."""
     def ask(*words: str) -> str:
         where = Path(sys.argv[0]).resolve().parent
         return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -1,4 +1,5 @@
-"""What a run shows and keeps: a progress bar, metrics.jsonl, TensorBoard event files, W&B and the loss curve. Rank 0 does it all."""
+"""What a run shows and keeps: a progress bar, metrics.jsonl, TensorBoard event files, W&B and the loss curve. Rank 0
+does it all."""
 import json
 import math
 import os
@@ -26,15 +27,18 @@ class Log:
 
     A run that goes on after step `first` keeps the rows up to it, so that each step stands there once.
 
-    metrics.jsonl has one object a step: step, loss, grad_norm, lr, tokens, tokens_per_s, mfu, memory_gb, and whatever else the step
-    returns (numbers are not rounded; null where not finite); and one an evaluation: step, eval_loss. It is flushed row by row. tensorboard/
-    has the same scalars, and so has W&B, in the project `flags.wandb` if there is one. loss.png is drawn at the end, also of a run that
-    fails. On a terminal a progress bar shows the last row; elsewhere it is printed, about a hundred times a run.
+    metrics.jsonl has one object a step: step, loss, grad_norm, lr, tokens, tokens_per_s, mfu, memory_gb, and whatever
+    else the step returns (numbers are not rounded; null where not finite); and one an evaluation: step, eval_loss. It
+    is flushed row by row. tensorboard/ has the same scalars, and so has W&B, in the project `flags.wandb` if there is
+    one. loss.png is drawn at the end, also of a run that fails. On a terminal a progress bar shows the last row;
+    elsewhere it is printed, about a hundred times a run.
 
-    tokens are those of the step's documents over all ranks, padding left out; tokens_per_s counts the time since the last row, so that
-    neither evaluations nor their rows slow it down. mfu = 3 × forward FLOPs (`model.flops`) / seconds / (ranks × `device.peak_flops`).
+    tokens are those of the step's documents over all ranks, padding left out; tokens_per_s counts the time since the
+    last row, so that neither evaluations nor their rows slow it down. mfu = 3 × forward FLOPs (`model.flops`) / seconds
+    / (ranks × `device.peak_flops`).
 
-    `flags` has out, steps and dtype ("fp32", "bf16", "fp8", "fp64"); `model.flops(cfg, lengths)` is the forward pass's FLOPs.
+    `flags` has out, steps and dtype ("fp32", "bf16", "fp8", "fp64"); `model.flops(cfg, lengths)` is the forward pass's
+    FLOPs.
     """
 
     def __init__(self, flags: Any, model: Any, cfg: Any, mesh: DeviceMesh | None = None, first: int = 0):
@@ -52,8 +56,8 @@ class Log:
             self._keep(row["step"], row)
         self.file = open(self.out / "metrics.jsonl", "a")
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first + 1 if first else None)
-        self.bar = Progress(MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                            disable=not sys.stdout.isatty())
+        self.bar = Progress(MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+                            TimeRemainingColumn(), disable=not sys.stdout.isatty())
         self.task = self.bar.add_task("", total=flags.steps, completed=first)
         self.began, self.first = time.perf_counter(), first
 
@@ -63,24 +67,30 @@ class Log:
         self.since = time.perf_counter()
         return self
 
-    def step(self, step: int, metrics: Mapping[str, Any], lengths: Sequence[int], mix: Mapping[str, int] | None = None) -> None:
-        """Log step number `step` (from 1): its metrics (numbers or scalar tensors) and the lengths of its documents on all ranks.
+    def step(self, step: int, metrics: Mapping[str, Any], lengths: Sequence[int],
+             mix: Mapping[str, int] | None = None) -> None:
+        """Log step number `step` (from 1): its metrics (numbers or scalar tensors) and the lengths of its documents on
+        all ranks.
 
-        `mix` is the step's tokens by source; they become columns `mix/SOURCE`. Reading the metrics waits for the device.
+        `mix` is the step's tokens by source; they become columns `mix/SOURCE`. Reading the metrics waits for the
+        device.
         """
         if not self.main:
             return
         row = {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
-        row |= {"tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds, "mfu": self.flops(lengths) / seconds / self.peak,
+        row |= {"tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds,
+                "mfu": self.flops(lengths) / seconds / self.peak,
                 "memory_gb": device.memory_gb()} | {f"mix/{source}": n for source, n in (mix or {}).items()}
-        text = (f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}  {row['memory_gb']:.2f} GB")
+        text = (f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.1%}  "
+                f"{row['memory_gb']:.2f} GB")
         text += f"  {row['skipped']:.0f} skipped" if row.get("skipped") else ""
         self.bar.update(self.task, completed=step, description=text)
         if step % max(1, self.flags.steps // 100) == 0 or step in (1, self.flags.steps):
             left = (now - self.began) / (step - self.first) * (self.flags.steps - step)
-            self._say(f"step {step}/{self.flags.steps}  {text}  ETA {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
+            self._say(f"step {step}/{self.flags.steps}  {text}  ETA "
+                      f"{left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
         self._write(step, row)
 
     def evaluation(self, step: int, eval_loss: float) -> None:
@@ -110,7 +120,8 @@ class Log:
             print(text, flush=True)
 
     def _write(self, step: int, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in row.items()}}) + "\n")
+        self.file.write(json.dumps({"step": step, **{k: v if math.isfinite(v) else None for k, v in row.items()}})
+                        + "\n")
         self.file.flush()
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
@@ -135,13 +146,14 @@ class Log:
 
 
 def cut(file: Path, step: int) -> list[dict[str, Any]]:
-    """Cut a metrics file back to the rows up to `step`, all at once or not at all; the rows kept. Half a row at the end is none."""
+    """Cut a metrics file back to the rows up to `step`, all at once or not at all; the rows kept. Half a row at the end
+    is none."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(file.read_bytes().splitlines() if step and file.exists() else (), 1):
         try:
             row = json.loads(line)
             rows += [row] if row["step"] <= step else []
-        except (ValueError, TypeError, KeyError):            # a row that was being written when the process died, or none of ours
+        except (ValueError, TypeError, KeyError):  # a row that was being written when the process died, or none of ours
             print(f"{file}:{number}: no row of a run, left out: {line[:60]!r}", flush=True)
     work = file.with_name(file.name + ".new")
     with open(work, "w") as out:
@@ -156,7 +168,8 @@ def _wandb(flags: Any, first: int) -> Any:
     try:
         import wandb  # pyright: ignore
     except ImportError as e:
-        raise ValueError("--wandb: the package is not installed; pip install 'xtf[wandb]', or leave the flag out (metrics.jsonl has it all)") from e
+        raise ValueError("--wandb: the package is not installed; pip install 'xtf[wandb]', or leave the flag out "
+                         "(metrics.jsonl has it all)") from e
     file = Path(flags.out) / "wandb.id"                      # a resumed run goes on in the same curve
     name = file.read_text() if first and file.exists() else wandb.util.generate_id()
     file.write_text(name)

@@ -1,4 +1,5 @@
-"""What may happen to the processes of a run: their launcher dies, a signal comes, another run wants the same folder, a collective hangs."""
+"""What may happen to the processes of a run: their launcher dies, a signal comes, another run wants the same folder, a
+collective hangs."""
 import ctypes
 import faulthandler
 import fcntl
@@ -21,11 +22,13 @@ import torch.distributed as dist
 
 from xtf.parallel import collectives, is_main
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # a scheduler's, the terminal's, and what Slurm is asked for in docs/multi-node.md
+# a scheduler's, the terminal's, and what Slurm is asked for in docs/multi-node.md
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this process when torchrun, which started it, is gone: torchrun that is killed -9 would leave its workers running.
+    """Ask the kernel to kill this process when torchrun, which started it, is gone: torchrun that is killed -9 would
+    leave its workers running.
 
     Does nothing where torchrun did not start this process, or the system is not Linux.
     """
@@ -60,8 +63,8 @@ def on_main(fn: Callable[[], Any]) -> Any:
 def locked(folder: str | Path, wait: float = 10.0) -> Iterator[None]:
     """Hold `folder` for this run: the kernel frees it when rank 0 ends, however it ends.
 
-    Raises OSError on every rank, naming host, process and start of the owner, if another run still holds it after `wait` seconds (those that a
-    killed launcher leaves behind need a moment to go).
+    Raises OSError on every rank, naming host, process and start of the owner, if another run still holds it after
+    `wait` seconds (those that a killed launcher leaves behind need a moment to go).
     """
     lock = Path(folder) / ".lock"
     held: list[Any] = []
@@ -85,7 +88,8 @@ def locked(folder: str | Path, wait: float = 10.0) -> Iterator[None]:
                     raise OSError(f"--out {folder}: in use by {owner}; wait for it, stop it, or choose another --out") from e
                 time.sleep(0.1)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}: {' '.join(sys.argv)[:200]}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}: "
+                   f"{' '.join(sys.argv)[:200]}")
         file.flush()
         held.append(file)
     on_main(take)
@@ -100,8 +104,8 @@ def locked(folder: str | Path, wait: float = 10.0) -> Iterator[None]:
 class Stop:
     """Turns signals into one decision that all ranks take after the same step.
 
-    `armed` says that there is something to save: before that a signal ends the process at once. `agreed()` is called by every rank after every
-    step; the number of the signal that any rank had heard by the step before, or 0.
+    `armed` says that there is something to save: before that a signal ends the process at once. `agreed()` is called by
+    every rank after every step; the number of the signal that any rank had heard by the step before, or 0.
     """
 
     def __init__(self):
@@ -116,7 +120,8 @@ class Stop:
         if not self.armed or (again and number == signal.SIGINT):
             raise SystemExit(128 + number)
         if is_main() and not again:
-            print(f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C stops at once)", file=sys.stderr, flush=True)
+            print(f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C stops at once)", file=sys.stderr,
+                  flush=True)
 
     def agreed(self) -> int:
         """Costs a word a step, sent while the next step computes."""
@@ -147,10 +152,10 @@ class Stop:
 class Watchdog:
     """A thread that ends a rank which makes no progress, and says where it and the others stand.
 
-    Progress is a `tick(what)`, or a collective that this rank starts. After `seconds` without any, each rank writes to stderr and to
-    `folder`/rank-N.txt: what it did last, the last collective it started (kind, bytes, ranks), where Python stands, and which ranks are behind or
-    ahead by the count of their collectives, or have not been heard of (a stopped process, a dead node). Then it exits with status 1, and
-    torchrun ends the rest.
+    Progress is a `tick(what)`, or a collective that this rank starts. After `seconds` without any, each rank writes to
+    stderr and to `folder`/rank-N.txt: what it did last, the last collective it started (kind, bytes, ranks), where
+    Python stands, and which ranks are behind or ahead by the count of their collectives, or have not been heard of (a
+    stopped process, a dead node). Then it exits with status 1, and torchrun ends the rest.
     """
 
     def __init__(self, seconds: float, folder: str | Path, every: float = 5.0):
@@ -158,7 +163,8 @@ class Watchdog:
         self.at, self.what = time.monotonic(), "starting"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         store: Any = dist.distributed_c10d._get_default_store() if self.world > 1 else None
-        self.store: Any = store and dist.PrefixStore("xtf/beat", store.clone())        # a connection of its own: others may be waiting on theirs
+        # a connection of its own: others may be waiting on theirs
+        self.store: Any = store and dist.PrefixStore("xtf/beat", store.clone())
         self.ended, self.seen = threading.Event(), collectives.started()[0]
         threading.Thread(target=self._watch, name="xtf-watchdog", daemon=True).start()
 
@@ -192,8 +198,9 @@ class Watchdog:
 
     def _report(self) -> None:
         mine = self.beat()
-        head = (f"rank {self.rank} of {self.world} ({socket.gethostname()}, process {os.getpid()}): no progress for {self.seconds:.0f} s; done: "
-                f"{mine['done']}; last collective: number {mine['collectives']}, {mine['last']}")
+        head = (f"rank {self.rank} of {self.world} ({socket.gethostname()}, process {os.getpid()}): no progress for "
+                f"{self.seconds:.0f} s; done: {mine['done']}; last collective: number {mine['collectives']}, "
+                f"{mine['last']}")
         others: list[str] = []
         if self.store is not None:
             asking = threading.Thread(target=self._ask, args=(mine, others), daemon=True)
@@ -222,4 +229,5 @@ class Watchdog:
             note = f", SILENT for {silent:.0f} s: stopped or dead" if silent > 3 * self.every else ""
             ahead = theirs["collectives"] - mine["collectives"]
             note += f", {'AHEAD' if ahead > 0 else 'BEHIND'} by {abs(ahead)} collectives" if ahead else ""
-            others.append(f"rank {rank}: done: {theirs['done']}; collective number {theirs['collectives']}, {theirs['last']}{note}")
+            others.append(f"rank {rank}: done: {theirs['done']}; collective number {theirs['collectives']}, "
+                          f"{theirs['last']}{note}")

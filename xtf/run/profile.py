@@ -5,8 +5,8 @@
             profiled.step(i)                    # step i starts here
             state, metrics = step(state, batch)
 
-OUT/profile/ then holds for each rank N: trace-rankN.json.gz, which ui.perfetto.dev opens; operators-rankN.txt, the operators by the memory that
-they took; and on CUDA memory-rankN.pickle, which pytorch.org/memory_viz opens.
+OUT/profile/ then holds for each rank N: trace-rankN.json.gz, which ui.perfetto.dev opens; operators-rankN.txt, the
+operators by the memory that they took; and on CUDA memory-rankN.pickle, which pytorch.org/memory_viz opens.
 """
 import contextlib
 import gzip
@@ -27,8 +27,8 @@ HISTORY = 1_000_000                          # allocations that the CUDA snapsho
 class Profile:
     """A context in which the steps of `window` are recorded; without a window nothing is, and `step` returns at once.
 
-    What was recorded is written when the window ends, and also where the run ends or fails within it: memory that ran out is what one wants
-    to see. Steps in the window run slower than others.
+    What was recorded is written when the window ends, and also where the run ends or fails within it: memory that ran
+    out is what one wants to see. Steps in the window run slower than others.
     """
 
     def __init__(self, window: range | None, out: str | Path):
@@ -47,7 +47,8 @@ class Profile:
         self.mark.close()
         if i in self.window:                                 # a run that goes on may begin within it
             self.profiler = self.profiler or self._started()
-            self.mark.enter_context(torch.profiler.record_function(f"ProfilerStep#{i}"))          # the name by which viewers know steps
+            # the name by which viewers know steps
+            self.mark.enter_context(torch.profiler.record_function(f"ProfilerStep#{i}"))
         elif self.profiler is not None:
             self._write()
 
@@ -62,7 +63,8 @@ class Profile:
         device.synchronize()
         if device.device().type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=HISTORY, stacks="python")
-        profiler = torch.profiler.profile(activities=torch.profiler.supported_activities(), profile_memory=True, record_shapes=True)
+        profiler = torch.profiler.profile(activities=torch.profiler.supported_activities(), profile_memory=True,
+                                          record_shapes=True)
         profiler.start()
         return profiler
 
@@ -85,7 +87,8 @@ class Profile:
 
 
 def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The trace with its processes named by rank, and a curve of allocated memory for each device, made of the profiler's single events.
+    """The trace with its processes named by rank, and a curve of allocated memory for each device, made of the
+    profiler's single events.
 
     >>> event = {"name": "process_name", "ph": "M", "pid": 7, "args": {"name": "python"}}
     >>> readable({"traceEvents": [event]}, 3)["traceEvents"][0]["args"]["name"]
@@ -97,12 +100,14 @@ def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
             event["args"]["name"] = f"rank {rank}: {event['args']['name']}"
         elif event["name"] == "[memory]":
             point = {"MB": event["args"]["Total Allocated"] / 1e6}
-            curves.append({"ph": "C", "name": f"allocated on {_where(event)}", "pid": event["pid"], "ts": event["ts"], "args": point})
+            curves.append({"ph": "C", "name": f"allocated on {_where(event)}", "pid": event["pid"], "ts": event["ts"],
+                           "args": point})
     return trace | {"traceEvents": trace["traceEvents"] + curves}
 
 
 def operators(trace: dict[str, Any]) -> str:
-    """A table of the operators by the memory that each allocated itself (what is freed again counts too), with calls and CPU time of its own.
+    """A table of the operators by the memory that each allocated itself (what is freed again counts too), with calls
+    and CPU time of its own.
 
     It says what `key_averages` of torch does, in a tenth of the time.
     """
@@ -125,9 +130,11 @@ def operators(trace: dict[str, Any]) -> str:
             time[inner] -= event["dur"] if within else 0
             within.append(event)
     places = sorted({where for where, _ in allocated})
-    names = sorted(calls | {name: 0 for _, name in allocated}, key=lambda name: (-sum(allocated[p, name] for p in places), -time[name]))
+    names = sorted(calls | {name: 0 for _, name in allocated},
+                   key=lambda name: (-sum(allocated[p, name] for p in places), -time[name]))
     lines = [f"{'calls':>8} {'CPU ms':>10} " + " ".join(f"{'MB on ' + p:>14}" for p in places) + "  operator"]
-    lines += [f"{calls[n]:8} {time[n] / 1e3:10.3f} " + " ".join(f"{allocated[p, n] / 1e6:14.3f}" for p in places) + f"  {n}" for n in names]
+    lines += [f"{calls[n]:8} {time[n] / 1e3:10.3f} " + " ".join(f"{allocated[p, n] / 1e6:14.3f}" for p in places)
+              + f"  {n}" for n in names]
     return "\n".join(lines) + "\n"
 
 
@@ -136,10 +143,11 @@ def _where(event: dict[str, Any]) -> str:
 
 
 def steps(window: str | None, out: str | Path) -> Profile:
-    """The profile of steps FROM up to, without, TO, numbered as in metrics.jsonl, of a run that leaves its files in `out`.
+    """The profile of steps FROM up to, without, TO, numbered as in metrics.jsonl, of a run that leaves its files in
+    `out`.
 
-    `window` is "FROM:TO" or None; the first steps compile and allocate, so begin with the third or so. Raises ValueError, naming --profile, if it is
-    anything else.
+    `window` is "FROM:TO" or None; the first steps compile and allocate, so begin with the third or so. Raises
+    ValueError, naming --profile, if it is anything else.
 
     >>> steps("3:6", "runs/a").window
     range(3, 6)
@@ -148,5 +156,6 @@ def steps(window: str | None, out: str | Path) -> Profile:
         return Profile(None, out)
     first, _, end = window.partition(":")
     if not first.isdecimal() or not end.isdecimal() or not 1 <= int(first) < int(end):
-        raise ValueError(f"--profile {window}: give FROM:TO, the first step to record (from 1) and the first not to record, like 3:6")
+        raise ValueError(f"--profile {window}: give FROM:TO, the first step to record (from 1) and the first not to "
+                         "record, like 3:6")
     return Profile(range(int(first), int(end)), out)

@@ -1,4 +1,5 @@
-"""A run as one picture and one page: `python -m xtf.report OUT [OUT ...] [--to DIR]` writes report.png and report.html; several runs overlay."""
+"""A run as one picture and one page: `python -m xtf.report OUT [OUT ...] [--to DIR]` writes report.png and report.html;
+several runs overlay."""
 import argparse
 import html
 import io
@@ -26,9 +27,10 @@ PANELS = {
     "mfu": ("MFU", "% of peak", 100, True),
     "memory_gb": ("Memory", "GB, the most so far", 1, False),
 }
-TAKEN = ("loss", "grad_norm")                                            # columns in which a skipped step has a value that counts for nothing
+TAKEN = ("loss", "grad_norm")  # columns in which a skipped step has a value that counts for nothing
 ELSEWHERE = {"tokens", "eval_loss", "skipped", "in_a_row"}               # shown, but not in a panel of their own
-INK, COLORS = "#808080", ("#3d87d9", "#e0762c", "#34a070", "#a06cd5", "#d9538c", "#1fa3ad", "#b3901d", "#8c6d5a")   # read on white and on black
+# read on white and on black
+INK, COLORS = "#808080", ("#3d87d9", "#e0762c", "#34a070", "#a06cd5", "#d9538c", "#1fa3ad", "#b3901d", "#8c6d5a")
 LAST = 20                                                               # steps whose mean is "the loss at the end"
 MFU = """MFU = 3 × forward FLOPs / seconds / (ranks × peak FLOP/s of one device), where 3 stands for forward and backward. Forward FLOPs are
 those of products with weights and of attention inside each document: neither padding nor recomputation counts. The peak is that of dense
@@ -36,7 +38,8 @@ products in --dtype: the maker's datasheet where there is one, else measured. To
 
 
 class Run(NamedTuple):
-    """What a run left: its name, each column of metrics.jsonl as (steps, values) with NaN where a value is null, and run.json."""
+    """What a run left: its name, each column of metrics.jsonl as (steps, values) with NaN where a value is null, and
+    run.json."""
     name: str
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
     record: dict[str, Any]
@@ -62,7 +65,8 @@ def read(out: str | Path) -> Run:
 
     The last row may still be in the making (a live run) and is then left out; run.json may be missing.
 
-    Raises OSError if there is no metrics.jsonl, and ValueError naming file and line where one is no row, or if no step is there yet.
+    Raises OSError if there is no metrics.jsonl, and ValueError naming file and line where one is no row, or if no step
+    is there yet.
     """
     file, record = Path(out) / "metrics.jsonl", Path(out) / "run.json"
     if not file.is_file():
@@ -81,7 +85,8 @@ def read(out: str | Path) -> Run:
             found.setdefault(name, []).append((step, value))
     if "loss" not in found:
         raise ValueError(f"{file}: no step is there yet")
-    columns = {name: (np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])) for name, pairs in found.items()}
+    columns = {name: (np.array([s for s, _ in pairs]), np.array([v for _, v in pairs]))
+               for name, pairs in found.items()}
     try:
         return Run(str(out), columns, json.loads(record.read_text()) if record.is_file() else {})
     except ValueError as e:
@@ -89,9 +94,11 @@ def read(out: str | Path) -> Run:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Each value averaged with its neighbours, which count for less the further off they are (half of it within a hundredth of the curve).
+    """Each value averaged with its neighbours, which count for less the further off they are (half of it within a
+    hundredth of the curve).
 
-    NaN and infinities weigh nothing. Looking to both sides, unlike a running average, it does not lag behind a curve that falls.
+    NaN and infinities weigh nothing. Looking to both sides, unlike a running average, it does not lag behind a curve
+    that falls.
 
     >>> smooth(np.array([2.0, np.nan, 2.0])).tolist()
     [2.0, 2.0, 2.0]
@@ -118,17 +125,19 @@ def thin(x: np.ndarray, y: np.ndarray, bins: int = 500) -> tuple[np.ndarray, np.
     """
     if len(x) <= 2 * bins:
         return x, y
-    ends, low, high = np.linspace(0, len(x), bins + 1).astype(int), np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
+    ends, low, high = np.linspace(0, len(x), bins + 1).astype(int), np.where(np.isnan(y), np.inf,
+                                                                             y), np.where(np.isnan(y), -np.inf, y)
     keep = np.unique([a + f(part[a:b]) for a, b in pairwise(ends) for f, part in ((np.argmin, low), (np.argmax, high))])
     return x[keep], y[keep]
 
 
-# ---- figures in words ---------------------------------------------------------------------------------------------------------------
+# ---- figures in words ------------------------------------------------------------------------------------------------
 
 def summary(run: Run) -> dict[str, float | None]:
     """The figures of the page's table; None where the run has no such column.
 
-    Losses and norms are those of steps that were not skipped; medians of speed leave out the first step, which compiles and warms up.
+    Losses and norms are those of steps that were not skipped; medians of speed leave out the first step, which compiles
+    and warms up.
     """
     def of(fn: Any, column: str, first: int = 0) -> float | None:
         values = run.taken(column) if column in TAKEN else run[column]
@@ -139,7 +148,8 @@ def summary(run: Run) -> dict[str, float | None]:
     figures = {
         "last step": float(run.columns["loss"][0][-1]),
         "tokens": of(np.sum, "tokens"),
-        "hours in steps": float(np.sum(run["tokens"] / speed) / 3600) if len(speed) and len(speed) == len(run["tokens"]) else None,
+        "hours in steps": float(np.sum(run["tokens"] / speed) / 3600) if len(speed) and len(speed) == len(run["tokens"])
+        else None,
         f"loss, mean of the last {LAST} steps": of(lambda v: v[-LAST:].mean(), "loss"),
         "held-out loss, first": of(lambda v: v[0], "eval_loss"),
         "held-out loss, lowest": of(np.min, "eval_loss"),
@@ -161,23 +171,28 @@ def flat(value: Any, path: str = "") -> dict[str, str]:
     {'a.b': '1', 'a.c': 'null', 'd': '[1, 2]'}
     """
     if isinstance(value, dict):
-        return {k: v for name, member in value.items() for k, v in flat(member, f"{path}.{name}" if path else name).items()}
+        return {k: v for name, member in value.items()
+                for k, v in flat(member, f"{path}.{name}" if path else name).items()}
     return {path: value if isinstance(value, str) else json.dumps(value)}
 
 
-# ---- the picture --------------------------------------------------------------------------------------------------------------------
+# ---- the picture -----------------------------------------------------------------------------------------------------
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Small multiples over steps: loss first, then every other column there is; the data mix has a panel for each run that mixes."""
+    """Small multiples over steps: loss first, then every other column there is; the data mix has a panel for each run
+    that mixes."""
     names = [c for c in dict.fromkeys([*PANELS, *(c for run in runs for c in run.columns)])
              if any(c in run.columns for run in runs) and c not in ELSEWHERE and not c.startswith("mix/")]
     mixed = [i for i, run in enumerate(runs) if any(c.startswith("mix/") for c in run.columns)]
     rest = names[1:] + [f"mix/{i}" for i in mixed]
-    beside = (rest[:2] or ["loss"]) * (3 - len(rest[:2]))                              # two beside the loss, then rows of three; no gaps
-    rows: list[Any] = [["loss", "loss", beside[0]], ["loss", "loss", beside[1]], *((rest[i:i + 3] * 3)[:3] for i in range(2, len(rest), 3))]
+    beside = (rest[:2] or ["loss"]) * (3 - len(rest[:2]))  # two beside the loss, then rows of three; no gaps
+    rows: list[Any] = [["loss", "loss", beside[0]], ["loss", "loss", beside[1]],
+                       *((rest[i:i + 3] * 3)[:3] for i in range(2, len(rest), 3))]
     rows = [sorted(row, key=row.index) for row in rows]
-    style: Any = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "font.size": 9,
-             "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    style: Any = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
+                  "ytick.color": INK, "font.size": 9,
+             "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
+                  "axes.titlelocation": "left"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12, 2.35 * len(rows) + 0.4), layout="constrained")
         axes = figure.subplot_mosaic(rows)
@@ -221,10 +236,12 @@ def panel(axes: Axes, runs: Sequence[Run], column: str) -> None:
         if column == "loss":
             many = len(run["eval_loss"]) > 50                            # then a line with some of the rings
             style: Any = {"ls": "-" if many else "", "lw": 0.8, "markevery": len(run["eval_loss"]) // 25 if many else 1}
-            axes.plot(*run.columns.get("eval_loss", ([], [])), color=color, marker="o", mfc="none", ms=5.5, mew=1.5, zorder=3, **style)
+            axes.plot(*run.columns.get("eval_loss", ([], [])), color=color, marker="o", mfc="none", ms=5.5, mew=1.5,
+                      zorder=3, **style)
             seen.append(run["eval_loss"])
             if len(run.skipped):                                         # an empty unclipped line confuses the layout
-                axes.plot(run.skipped, np.ones(len(run.skipped)), "v", color=color, ms=6, transform=axes.get_xaxis_transform(), clip_on=False)
+                axes.plot(run.skipped, np.ones(len(run.skipped)), "v", color=color, ms=6,
+                          transform=axes.get_xaxis_transform(), clip_on=False)
     axes.set_title(f"{title}  " if unit else title)
     axes.annotate(unit, (1, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)
     axes.grid(alpha=0.25, lw=0.6, color=INK)
@@ -234,7 +251,8 @@ def panel(axes: Axes, runs: Sequence[Run], column: str) -> None:
 
 
 def scale(axes: Axes, values: np.ndarray, raw: np.ndarray, zero: bool) -> None:
-    """Limits by `values`; a few wild ones among them or in `raw` do not flatten the curve: they are cut off, and counted in the panel."""
+    """Limits by `values`; a few wild ones among them or in `raw` do not flatten the curve: they are cut off, and
+    counted in the panel."""
     values, raw = values[np.isfinite(values)], raw[np.isfinite(raw)]
     if not len(values):
         return
@@ -244,7 +262,8 @@ def scale(axes: Axes, values: np.ndarray, raw: np.ndarray, zero: bool) -> None:
     if top > low:
         axes.set_ylim(low - space, top + 0.08 * (top - low))
     if beyond := np.sum(raw > top + 0.08 * (top - low)):
-        axes.text(0.99, 0.96, f"{beyond} beyond, up to {raw.max():.3g}", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+        axes.text(0.99, 0.96, f"{beyond} beyond, up to {raw.max():.3g}", transform=axes.transAxes, ha="right", va="top",
+                  fontsize=8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v, top)))
 
 
@@ -274,20 +293,24 @@ def mix(axes: Axes, run: Run, named: bool) -> None:
         row[np.searchsorted(steps, at)] = np.nan_to_num(values)          # no cell: nothing of it in that step
     shares = np.array([smooth(row) for row in tokens]) / np.maximum(smooth(tokens.sum(0)), 1e-9) * 100
     keep = np.unique(np.linspace(0, len(steps) - 1, 500).astype(int))
-    axes.stackplot(steps[keep], shares[:, keep], colors=[COLORS[i % len(COLORS)] for i in range(len(columns))], alpha=0.85, lw=0)
+    axes.stackplot(steps[keep], shares[:, keep], colors=[COLORS[i % len(COLORS)] for i in range(len(columns))],
+                   alpha=0.85, lw=0)
     ends = np.cumsum(shares[:, len(steps) // 2])
-    for name, share, top, part in zip(columns, shares[:, len(steps) // 2], ends, tokens.sum(1) / max(tokens.sum(), 1), strict=True):
+    for name, share, top, part in zip(columns, shares[:, len(steps) // 2], ends, tokens.sum(1) / max(tokens.sum(), 1),
+                                      strict=True):
         if share > 7:                                                    # thinner ones have a row in the page's table
             where = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "center"}
-            axes.text(0.5, top - share / 2, f"{name if len(name) < 40 else '…' + name[-38:]}  {part:.0%}", color="black", fontsize=8, **where)
+            axes.text(0.5, top - share / 2, f"{name if len(name) < 40 else '…' + name[-38:]}  {part:.0%}",
+                      color="black", fontsize=8, **where)
     axes.set_title(f"Data mix: {run.name}" if named else "Data mix")
-    axes.annotate("% of tokens", (1, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=8)
+    axes.annotate("% of tokens", (1, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", ha="right",
+                  fontsize=8)
     axes.set_ylim(0, 100)
     axes.margins(x=0)
     over_steps(axes)
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 CSS = """
 :root { color-scheme: light dark }
@@ -317,12 +340,14 @@ def page(runs: Sequence[Run], svg: str) -> str:
     figures = [summary(run) for run in runs]
     labels = [k for k in dict.fromkeys(k for f in figures for k in f) if any(f.get(k) is not None for f in figures)]
     cell = lambda value: "" if value is None else f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
-    parts = [table(names, {k: [cell(f.get(k)) for f in figures] for k in labels}, "number"), svg, f"<p>{html.escape(MFU)}</p>"]
+    parts = [table(names, {k: [cell(f.get(k)) for f in figures] for k in labels}, "number"), svg,
+             f"<p>{html.escape(MFU)}</p>"]
     last = [(run.record.get("runs") or [{}])[-1] for run in runs]
     for title, key in (("Flags", "flags"), ("Versions", "versions"), ("Data", "data")):
         leaves = [flat(start.get(key) or {}) for start in last]
         if any(leaves):
-            parts.append(f"<h2>{title}</h2>" + table(names, {k: [f.get(k, "") for f in leaves] for k in dict.fromkeys(k for f in leaves for k in f)}))
+            parts.append(f"<h2>{title}</h2>" + table(names, {k: [f.get(k, "") for f in leaves]
+                                                             for k in dict.fromkeys(k for f in leaves for k in f)}))
     for run in runs:
         parts.append(f"<h2>Starts{f' of {html.escape(run.name)}' if len(runs) > 1 else ''}</h2>")
         if not run.record.get("runs"):
@@ -333,7 +358,8 @@ def page(runs: Sequence[Run], svg: str) -> str:
             diff = words.pop("git.diff", "")
             words["command"] = " ".join(start.get("argv") or ())
             parts.append(table([""], {k: [v] for k, v in words.items() if v not in ("", "null")}))
-            parts.append(f"<details><summary>uncommitted changes</summary><pre>{html.escape(diff)}</pre></details>" if diff else "")
+            parts.append(f"<details><summary>uncommitted changes</summary><pre>{html.escape(diff)}</pre></details>"
+                         if diff else "")
         end = run.record.get("finished")
         parts.append(f"<p>{'Not finished.' if end is None else f'Finished at step {end}.'}</p>")
     title = html.escape(" · ".join(names))
@@ -342,7 +368,8 @@ def page(runs: Sequence[Run], svg: str) -> str:
 
 
 def write(outs: Sequence[str | Path], to: str | Path | None = None) -> tuple[Path, Path]:
-    """Read runs and write report.png and report.html into `to` (the first run's directory if None); returns the two files.
+    """Read runs and write report.png and report.html into `to` (the first run's directory if None); returns the two
+    files.
 
     The same runs give the same bytes. Raises what `read` raises.
 
@@ -356,7 +383,8 @@ def write(outs: Sequence[str | Path], to: str | Path | None = None) -> tuple[Pat
     figure, to = draw(runs), Path(outs[0] if to is None else to)
     to.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xtf"}):
-        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True,
+                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S).replace(INK, "currentColor")
     figure.savefig(to / "report.png", dpi=130, transparent=True)
     (to / "report.html").write_text(page(runs, svg), encoding="utf-8")
@@ -365,7 +393,8 @@ def write(outs: Sequence[str | Path], to: str | Path | None = None) -> tuple[Pat
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the two files and say where; 1, after a line on stderr, where a directory is not a run's."""
-    parser = argparse.ArgumentParser(prog="python -m xtf.report", description="Draw runs as report.png and report.html.")
+    parser = argparse.ArgumentParser(prog="python -m xtf.report",
+                                     description="Draw runs as report.png and report.html.")
     parser.add_argument("out", nargs="+", help="--out directories of runs; several are drawn over each other")
     parser.add_argument("--to", help="where to write (default: the first of them)")
     args = parser.parse_args(argv)

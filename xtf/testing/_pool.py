@@ -20,7 +20,8 @@ import torch.distributed as dist
 class Pool:
     """`size` processes, each a rank of one gloo group, alive until closed.
 
-    A function that raises on any rank kills the pool (its peers may be waiting in a collective); the next `run` starts another.
+    A function that raises on any rank kills the pool (its peers may be waiting in a collective); the next `run` starts
+    another.
     """
 
     def __init__(self, size: int, timeout: float = 120.0):
@@ -31,8 +32,8 @@ class Pool:
     def run(self, fn: Callable, *args: Any) -> list[Any]:
         """`fn(*args)` on every rank; the results by rank. Functions and arguments travel by cloudpickle.
 
-        Raises ValueError or OSError if a rank raised one, RuntimeError with the remote traceback if it raised anything else or died,
-        or did not answer within `timeout` seconds.
+        Raises ValueError or OSError if a rank raised one, RuntimeError with the remote traceback if it raised anything
+        else or died, or did not answer within `timeout` seconds.
         """
         if not self.workers:
             self._start()
@@ -42,7 +43,8 @@ class Pool:
                 conn.send_bytes(message)
         except OSError as e:
             self.close()
-            raise RuntimeError(f"a rank of {self.size} died before it was asked anything ({e}); a script must start its work under "
+            raise RuntimeError(f"a rank of {self.size} died before it was asked anything ({e}); a script must start "
+                               "its work under "
                                'if __name__ == "__main__":') from e
         results: list[Any] = [None] * self.size
         waiting = {conn: rank for rank, (conn, _) in enumerate(self.workers)}
@@ -51,8 +53,8 @@ class Pool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self.close()
-                raise RuntimeError(f"ranks {sorted(waiting.values())} of {self.size} did not answer within {self.timeout:.0f} s: "
-                                   "a collective that not all ranks entered?")
+                raise RuntimeError(f"ranks {sorted(waiting.values())} of {self.size} did not answer within "
+                                   f"{self.timeout:.0f} s: a collective that not all ranks entered?")
             for conn in ready:
                 rank = waiting.pop(conn)  # pyright: ignore
                 try:
@@ -77,12 +79,13 @@ class Pool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")         # imports torch once, then forks: a pool is up in a second
+        context = multiprocessing.get_context("forkserver")  # imports torch once, then forks: a pool is up in a second
         context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
         self.folder = tempfile.mkdtemp(prefix="xtf-pool-")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, self.folder, list(sys.path)), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, self.size, self.folder, list(sys.path)),
+                                      daemon=True)
             process.start()
             there.close()
             self.workers.append((here, process))

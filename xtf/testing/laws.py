@@ -1,7 +1,7 @@
 """`assert_equivalent`: whatever the layout, a step computes the same function.
 
-hypothesis draws a layout and a ragged batch; the step runs on one process and, sharded, on real ranks; all gradients and the
-updated parameters are compared. A failure shrinks to the smallest mesh and batch, and names the leaf.
+hypothesis draws a layout and a ragged batch; the step runs on one process and, sharded, on real ranks; all gradients
+and the updated parameters are compared. A failure shrinks to the smallest mesh and batch, and names the leaf.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ from xtf.transforms import jit, overlap, remat
 class Layout:
     """A mesh and the transforms on it, as plain values, so that a failing one prints as what to type.
 
-    `store` are fsdp's axes (empty: no fsdp); `experts` is ep's axis (empty: no ep) and `bounds` its static (rows, pairs), None for exact
-    sizes; `remat` is None, or the labels kept (empty: whole blocks recomputed); `extra` are functions that return further transforms;
-    `reverse` passes all transforms in the opposite order.
+    `store` are fsdp's axes (empty: no fsdp); `experts` is ep's axis (empty: no ep) and `bounds` its static (rows,
+    pairs), None for exact sizes; `remat` is None, or the labels kept (empty: whole blocks recomputed); `extra` are
+    functions that return further transforms; `reverse` passes all transforms in the opposite order.
     """
     mesh: tuple[tuple[str, int], ...] = ()
     store: tuple[str, ...] = ()
@@ -81,12 +81,14 @@ class Layout:
         return tuple(reversed(out)) if self.reverse else tuple(out)
 
 
-def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str] = ("attn_out",), compile: bool = False,
-            max_sp: int = 4, experts: int = 0) -> st.SearchStrategy[Layout]:
-    """Meshes over `axes` with at most `max_ranks` ranks (a power of two), any storage axes, remat and order of transforms.
+def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str] = ("attn_out",),
+            compile: bool = False, max_sp: int = 4, experts: int = 0) -> st.SearchStrategy[Layout]:
+    """Meshes over `axes` with at most `max_ranks` ranks (a power of two), any storage axes, remat and order of
+    transforms.
 
-    `max_sp` bounds `sp`, which has to divide the model's query heads. `experts` is how many experts a layer of the model has: they may live
-    on any axis that divides them, with exact sizes or ample static ones, and the halves of a micro-batch may overlap. Shrinks towards one process.
+    `max_sp` bounds `sp`, which has to divide the model's query heads. `experts` is how many experts a layer of the
+    model has: they may live on any axis that divides them, with exact sizes or ample static ones, and the halves of a
+    micro-batch may overlap. Shrinks towards one process.
     """
     @st.composite
     def draw(d: Any) -> Layout:
@@ -99,7 +101,8 @@ def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str
         store = tuple(a for a in used if a != "replicate" and d(st.booleans()))
         axis = d(st.sampled_from(["", *(a for a in used if experts % sizes[a] == 0)])) if experts else ""
         return Layout(tuple((a, sizes[a]) for a in used), store, reshard=not (store and d(st.booleans())),
-                      experts=axis, bounds=d(st.sampled_from([None, AMPLE])) if axis else None, overlap=bool(experts) and d(st.booleans()),
+                      experts=axis, bounds=d(st.sampled_from([None, AMPLE])) if axis else None,
+                      overlap=bool(experts) and d(st.booleans()),
                       remat=d(st.sampled_from([None, (), *((label,) for label in labels)])),
                       compile=compile and d(st.booleans()), donate=d(st.booleans()), reverse=d(st.booleans()))
     return draw()
@@ -111,10 +114,11 @@ AMPLE = 256, 2048                                     # more rows and pairs than
 
 def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
                   multiple: int = 1) -> Callable[[Layout], st.SearchStrategy[Batch]]:
-    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks, some padding.
+    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks, some
+    padding.
 
-    Packs are at most `max_packs` × `multiple` (for micro-batches; twice that where halves overlap) for each rank that holds other packs, their
-    length at most `max_len` times `sp`.
+    Packs are at most `max_packs` × `multiple` (for micro-batches; twice that where halves overlap) for each rank that
+    holds other packs, their length at most `max_len` times `sp`.
     """
     def strategy(layout: Layout) -> st.SearchStrategy[Batch]:
         @st.composite
@@ -125,19 +129,22 @@ def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
             g = torch.Generator().manual_seed(d(st.integers(0, 2 ** 16)))
             segments = torch.tensor([[0, *e, *[T] * (4 - len(e))] for e in ends], dtype=torch.int32)
             position = torch.arange(T).expand(P, T)
-            start = torch.stack([torch.tensor([0, *e])[torch.searchsorted(torch.tensor(e), torch.arange(T), right=True)] for e in ends])
-            lengths = torch.tensor([e[-2] if len(e) > 1 and d(st.booleans()) else T for e in ends])              # the last may be padding
-            return Batch(input_ids=torch.randint(vocab_size, (P, T), generator=g), labels=torch.randint(vocab_size, (P, T), generator=g),
-                         loss_mask=((torch.rand(P, T, generator=g) < 0.8) & (position < lengths[:, None])).float(), positions=position - start,
-                         segments=segments, lengths=lengths)
+            start = torch.stack([torch.tensor([0, *e])[torch.searchsorted(torch.tensor(e), torch.arange(T), right=True)]
+                                 for e in ends])
+            # the last may be padding
+            lengths = torch.tensor([e[-2] if len(e) > 1 and d(st.booleans()) else T for e in ends])
+            return Batch(input_ids=torch.randint(vocab_size, (P, T), generator=g),
+                         labels=torch.randint(vocab_size, (P, T), generator=g),
+                         loss_mask=((torch.rand(P, T, generator=g) < 0.8) & (position < lengths[:, None])).float(),
+                         positions=position - start, segments=segments, lengths=lengths)
         return draw()
     return strategy
 
 
 @dataclass
 class Equivalence:
-    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and where. `metric` is that of
-    all that the step reports beside the loss."""
+    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and
+    where. `metric` is that of all that the step reports beside the loss."""
     loss: float
     grad: float
     grad_leaf: str
@@ -154,18 +161,21 @@ def spy(seen: list) -> Transform:
             out = ops.collect(grads, leaves)
             # a copy: the optimizer may overwrite gradients
             copies = [None if g is None else g.clone() for g in out]
-            seen[:] = [[a if b is None else b if a is None else a + b for a, b in zip(seen[0], copies, strict=True)]] if seen else [copies]
+            seen[:] = [[a if b is None else b if a is None else a + b
+                        for a, b in zip(seen[0], copies, strict=True)]] if seen else [copies]
             return out
         return replace(ops, collect=collect)
     return Transform("spy", 99, wrap)
 
 
-shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))      # making groups takes longer than an example
+# making groups takes longer than an example
+shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))
 
 
 def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int,
                extra: tree.Tree = None) -> tuple | None:
-    """On every rank: the first step's gradients and metrics, and the parameters after `steps` steps, whole, on rank 0."""
+    """On every rank: the first step's gradients and metrics, and the parameters after `steps` steps, whole, on rank
+    0."""
     m = shared_mesh(layout.mesh)
     seen: list = []
     run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
@@ -175,7 +185,8 @@ def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch
         state, metrics = run(state, cut(batch, m))
         if first is None:
             dressed = seen[0] if m is None else [None if g is None else place.from_local(g, p.shape) for g, p, place in
-                                                 zip(seen[0], tree.leaves(run.specs), tree.leaves(run.layout), strict=True)]
+                                                 zip(seen[0], tree.leaves(run.specs), tree.leaves(run.layout),
+                                                     strict=True)]
             first = [None if g is None else whole(g) for g in dressed], tree.tree_map(whole, metrics)
         seen.clear()
     final = [whole(p) for p in tree.leaves(state.params)]
@@ -191,7 +202,7 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
             reference: Callable | None = None, extra: tree.Tree = None) -> Equivalence:
     """Run `reference` (by default `step`) on one process and `step` on `layout`, and say how far apart they are."""
     one: list = []
-    adapters = [f() for f in layout.extra if f().stage == 30]                       # they change the function: both have them
+    adapters = [f() for f in layout.extra if f().stage == 30]  # they change the function: both have them
     base = shard(reference or step, spy(one), *adapters, specs=specs)
     params = init(base.specs, seed)
     state, grads, said = TrainState.create(params, opt.init(params), _fresh(extra), seed), None, {}
@@ -211,10 +222,12 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
         # A leaf whose gradient cancels to nothing (a key bias without rope) still has the rounding of its terms,
         # hence a floor at 1e-3 of the tree's largest.
         floor = 1e-3 * max((x.abs().max().item() for x in ours if x is not None and x.numel()), default=0.0)
-        return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)), default=(0.0, ""))
+        return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)),
+                   default=(0.0, ""))
 
     grad, param = worst(grads, got[0]), worst([p.detach() for p in tree.leaves(state.params)], got[2])
-    metric = max(((_deviation(x, got[1][name], 1e-3), name) for name, x in said.items() if name != "loss"), default=(0.0, ""))
+    metric = max(((_deviation(x, got[1][name], 1e-3), name) for name, x in said.items() if name != "loss"),
+                 default=(0.0, ""))
     return Equivalence(_deviation(said["loss"], got[1]["loss"]), *grad, *param, *metric)
 
 
@@ -233,20 +246,23 @@ def _deviation(ours: torch.Tensor | None, theirs: torch.Tensor | None, floor: fl
     return ((ours - theirs).abs().max() / ours.abs().max().clamp_min(max(floor, torch.finfo(ours.dtype).tiny))).item()
 
 
-def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = UP_TO_FOUR, *, specs: tree.Tree, opt: Any,
-                      batches: Callable[[Layout], st.SearchStrategy] | None = None, vocab_size: int | None = None, seed: int = 0, steps: int = 2,
-                      reference: Callable | None = None, extra: tree.Tree = None, tolerance: float | None = None, examples: int = 25,
+def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Sequence[Layout] = UP_TO_FOUR, *,
+                      specs: tree.Tree, opt: Any, batches: Callable[[Layout], st.SearchStrategy] | None = None,
+                      vocab_size: int | None = None, seed: int = 0, steps: int = 2, reference: Callable | None = None,
+                      extra: tree.Tree = None, tolerance: float | None = None, examples: int = 25,
                       derandomize: bool = True) -> None:
     """Assert that `step(state, batch, ops)` is the same function on every drawn layout (laws 1 to 3 and 5).
 
-    `specs` describe its parameters, `opt` is an (init, update) pair, the step's metrics have `"loss"`. `batches(layout)` is a strategy of
-    global batches that `xtf.data.cut` can cut; by default `token_batches(vocab_size)`. `layouts` is a strategy or a list. `reference` is the
-    step that one process runs, where it is another one (whole batches against micro-batches). `extra` is what `TrainState.extra` holds before
-    the first step.
+    `specs` describe its parameters, `opt` is an (init, update) pair, the step's metrics have `"loss"`.
+    `batches(layout)` is a strategy of global batches that `xtf.data.cut` can cut; by default
+    `token_batches(vocab_size)`. `layouts` is a strategy or a list. `reference` is the step that one process runs, where
+    it is another one (whole batches against micro-batches). `extra` is what `TrainState.extra` holds before the first
+    step.
 
-    The loss, all gradients and whatever scalars the step reports must agree to `tolerance`, relative to each leaf's largest value (at least a
-    thousandth of the tree's): by default 4096 roundings of the narrowest dtype in `specs` (the drawn sums have fewer terms), and parameters
-    to 1000 times that, since AdamW divides by sqrt(v) + 1e-8 and so amplifies the rounding of gradients near zero.
+    The loss, all gradients and whatever scalars the step reports must agree to `tolerance`, relative to each leaf's
+    largest value (at least a thousandth of the tree's): by default 4096 roundings of the narrowest dtype in `specs`
+    (the drawn sums have fewer terms), and parameters to 1000 times that, since AdamW divides by sqrt(v) + 1e-8 and so
+    amplifies the rounding of gradients near zero.
 
     Raises AssertionError that names the layout, the leaf and the deviation, shrunk to the smallest mesh and batch.
     """
@@ -257,7 +273,8 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     bound = tolerance if tolerance is not None else 4096 * max(torch.finfo(p.dtype).eps for p in tree.leaves(specs))
     draw_layout = layouts if isinstance(layouts, st.SearchStrategy) else st.sampled_from(list(layouts))
 
-    @settings(max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=False, report_multiple_bugs=False,
+    @settings(max_examples=examples, deadline=None, derandomize=derandomize, database=None, print_blob=False,
+              report_multiple_bugs=False,
               suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
               phases=[Phase.explicit, Phase.generate, Phase.shrink])
     @given(st.data())
@@ -274,4 +291,5 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
     check()
 
 
-__all__ = ["Equivalence", "Layout", "assert_equivalent", "compare", "layouts", "run_layout", "shared_mesh", "spy", "token_batches", "whole"]
+__all__ = ["Equivalence", "Layout", "assert_equivalent", "compare", "layouts", "run_layout", "shared_mesh", "spy",
+           "token_batches", "whole"]

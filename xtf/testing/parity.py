@@ -1,4 +1,5 @@
-"""A checkpoint directory's logits and gradients, on any layout: what parity with other implementations is measured on."""
+"""A checkpoint directory's logits and gradients, on any layout: what parity with other implementations is measured
+on."""
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,14 +17,17 @@ from xtf.testing.laws import Layout, shared_mesh, whole
 
 
 def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch.dtype,
-                     layout: Layout | dict[str, int] | str | None = None) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The logits of ragged sequences and the gradients of their summed next-token loss, by a Hugging Face directory's model.
+                     layout: Layout | dict[str, int] | str | None = None) -> tuple[list[torch.Tensor],
+                                                                                   dict[str, torch.Tensor]]:
+    """The logits of ragged sequences and the gradients of their summed next-token loss, by a Hugging Face directory's
+    model.
 
-    `sequences` are lists of token ids, packed into one batch; parameters have `dtype`. `layout` is None (one process), mesh sizes
-    (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp, experts on ep) or a `Layout`; it runs on real ranks of a process pool.
+    `sequences` are lists of token ids, packed into one batch; parameters have `dtype`. `layout` is None (one process),
+    mesh sizes (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp, experts on ep) or a `Layout`; it runs on
+    real ranks of a process pool.
 
-    Returns a list of [len, vocab] logits, and gradients by the name that each tensor has in the directory's files (in bf16 directories,
-    where it is quantised), whole, on the CPU.
+    Returns a list of [len, vocab] logits, and gradients by the name that each tensor has in the directory's files (in
+    bf16 directories, where it is quantised), whole, on the CPU.
 
     Raises ValueError for an empty sequence or a token outside the vocabulary.
     """
@@ -35,7 +39,8 @@ def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch
     args = str(path), batch, dtype, layout
     results = pool(layout.num_ranks).run(_on_rank, *args) if layout.num_ranks > 1 else [_on_rank(*args)]
     sp = layout.sizes.get("sp", 1)
-    rows = [torch.cat([results[r + i][0] for i in range(sp)], 1) for r in range(0, layout.num_ranks, sp)]     # sp is the fastest axis
+    # sp is the fastest axis
+    rows = [torch.cat([results[r + i][0] for i in range(sp)], 1) for r in range(0, layout.num_ranks, sp)]
     logits = torch.cat(rows)
     grads = results[0][1]
     assert grads is not None
@@ -58,7 +63,8 @@ def as_layout(layout: Layout | dict[str, int] | str | None) -> Layout:
 
 
 def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
-    """One pack for each rank that holds other packs; each sequence goes to the emptiest. Returns (pack, start) of each too."""
+    """One pack for each rank that holds other packs; each sequence goes to the emptiest. Returns (pack, start) of each
+    too."""
     fill: list[list[int]] = [[] for _ in range(layout.pack_ranks)]
     where = []
     length = lambda p: sum(len(sequences[i]) for i in fill[p])
@@ -68,11 +74,13 @@ def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tupl
         fill[p].append(i)
     sp = layout.sizes.get("sp", 1)
     T = -(-max(map(length, range(len(fill)))) // sp) * sp
-    packs = [pack([Sample(sequences[i], [1] * len(sequences[i])) for i in members], T, max_documents=max(map(len, fill)) + 1) for members in fill]
+    packs = [pack([Sample(sequences[i], [1] * len(sequences[i])) for i in members], T,
+                  max_documents=max(map(len, fill)) + 1) for members in fill]
     return stack(packs), where
 
 
-def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tuple[torch.Tensor,
+                                                                                   dict[str, torch.Tensor] | None]:
     module, cfg = models.from_hf(path)
     names = module.names(cfg)
 
@@ -88,6 +96,7 @@ def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tup
     layout = replace(layout, donate=False, experts=layout.experts or "ep" * on_ep)
     run = shard(probe, *layout.transforms(), mesh=m, specs=specs)
     logits, grads = run(hf.load(path, run.specs, names, run.layout), cut(batch, m))
-    grads = {name: x for leaf, g in tree.flatten_with_path(grads) if g is not None for name, x in hf.file_tensors(names, leaf, whole(g)).items()}
+    grads = {name: x for leaf, g in tree.flatten_with_path(grads) if g is not None
+             for name, x in hf.file_tensors(names, leaf, whole(g)).items()}
     return logits.detach().cpu(), grads if m is None or m.get_rank() == 0 else None
 

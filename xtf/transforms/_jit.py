@@ -15,12 +15,14 @@ from xtf.transform import Env, Transform
 
 
 def jit(compile: bool = True, donate: bool = True) -> Transform:
-    """Compile the blocks that `scan` runs (fullgraph, static shapes; in pieces where tokens fly to other ranks' experts), and donate the state.
+    """Compile the blocks that `scan` runs (fullgraph, static shapes; in pieces where tokens fly to other ranks'
+    experts), and donate the state.
 
     Blocks are compiled once for each function (a `functools.partial` by its parts), so define them outside of the step.
-    Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed in is
-    poisoned, and touching its fields raises RuntimeError (a leaf taken out before holds the new values). A step that raises
-    before its update, or whose update was withheld (`ep`'s Overflow), leaves the state whole; one that raises in the middle of it poisons it.
+    Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed
+    in is poisoned, and touching its fields raises RuntimeError (a leaf taken out before holds the new values). A step
+    that raises before its update, or whose update was withheld (`ep`'s Overflow), leaves the state whole; one that
+    raises in the middle of it poisons it.
 
     >>> jit(compile=False).name
     'jit'
@@ -29,15 +31,17 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
         compiled: dict[Any, Callable] = {}
 
         def scan(block: Callable, *args: Any, **kwargs: Any) -> tuple[Any, list]:
-            try:                                                     # models make their partial anew each step: the same one by its parts
+            try:  # models make their partial anew each step: the same one by its parts
                 key = (block.func, block.args, tuple(block.keywords.items())) if isinstance(block, partial) else block
                 known = key in compiled
             except TypeError as e:
-                raise TypeError(f"jit: the block's arguments must be hashable ({e}); pass tensors to scan as shared arguments") from None
+                raise TypeError(f"jit: the block's arguments must be hashable ({e}); pass tensors to scan as shared "
+                                "arguments") from None
             if not known:
-                # kinds of layers × steps × whether gradients are wanted, all of one function: more than the 8 that torch stops at
+                # kinds of layers × steps × whether gradients are wanted, all of one function: more than the 8 that
+                # torch stops at
                 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-                at_home = ops.plan is experts.plan                   # else how many rows there are changes from step to step
+                at_home = ops.plan is experts.plan  # else how many rows there are changes from step to step
                 compiled[key] = torch.compile(block, fullgraph=at_home, dynamic=False if at_home else None)
             return ops.scan(compiled[key], *args, **kwargs)
 

@@ -2,8 +2,9 @@
 
     y = x Wᵀ + s (x Aᵀ) Bᵀ,   A [rank, in],   B [out, rank],   s = alpha / rank
 
-A product's node gains the leaves `lora_a` and `lora_b` (stacked experts: [E, rank, in] and [E, out, rank]); they are parameters like
-any others, so fsdp stores them, ep and tensor parallelism claim their dims by axis, and `value_and_grad` returns None for all else.
+A product's node gains the leaves `lora_a` and `lora_b` (stacked experts: [E, rank, in] and [E, out, rank]); they are
+parameters like any others, so fsdp stores them, ep and tensor parallelism claim their dims by axis, and
+`value_and_grad` returns None for all else.
 
 Source: Hu et al., arXiv 2106.09685.
 """
@@ -23,7 +24,7 @@ from xtf.transform import Env, Transform
 
 A, B = "lora_a", "lora_b"
 ADAPTERS = A, B
-UNTOUCHED = {"vocab", "router"}                           # the loss reads the head's weight itself; routers are scored in full
+UNTOUCHED = {"vocab", "router"}  # the loss reads the head's weight itself; routers are scored in full
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Lora(Transform):
         return self.alpha / self.rank
 
 
-def lora(rank: int, alpha: float | None = None, targets: Sequence[str] | None = None, base_dtype: torch.dtype | None = None) -> Lora:
-    """Adapters of `rank` beside the products that `targets` name; every other leaf is frozen: no gradient, no optimizer state.
+def lora(rank: int, alpha: float | None = None, targets: Sequence[str] | None = None,
+         base_dtype: torch.dtype | None = None) -> Lora:
+    """Adapters of `rank` beside the products that `targets` name; every other leaf is frozen: no gradient, no optimizer
+    state.
 
-    `targets` are node paths or parts of them (`"q"`, `"experts"`, `"layers.0.mlp.up"`); None is every product but vocabulary and routers.
-    `alpha` is 2 × rank by default. `base_dtype=torch.bfloat16` stores the frozen float32 matrices in half the bytes; they compute in
-    float32 nevertheless, unless `bf16()` is there.
+    `targets` are node paths or parts of them (`"q"`, `"experts"`, `"layers.0.mlp.up"`); None is every product but
+    vocabulary and routers. `alpha` is 2 × rank by default. `base_dtype=torch.bfloat16` stores the frozen float32
+    matrices in half the bytes; they compute in float32 nevertheless, unless `bf16()` is there.
 
     Raises ValueError if rank or alpha is not positive, and, in `shard`, for a target that no product has.
 
@@ -63,8 +66,8 @@ def lora(rank: int, alpha: float | None = None, targets: Sequence[str] | None = 
     if rank < 1 or (alpha is not None and alpha <= 0):
         raise ValueError(f"lora: rank and alpha must be positive, got rank={rank}, alpha={alpha}")
     wide = lambda x: torch.float32 if x.dtype == base_dtype and x.ndim >= 2 else None
-    made = Lora("lora", 30, specs=lambda specs: _adapted(specs, rank, targets, base_dtype), cast=wide if base_dtype else None,
-                rank=rank, alpha=2.0 * rank if alpha is None else float(alpha))
+    made = Lora("lora", 30, specs=lambda specs: _adapted(specs, rank, targets, base_dtype),
+                cast=wide if base_dtype else None, rank=rank, alpha=2.0 * rank if alpha is None else float(alpha))
     return replace(made, wrap=lambda ops, env: _wrap(ops, env, made.scale))
 
 
@@ -123,7 +126,7 @@ def _wrap(ops: Ops, env: Env, scale: float) -> Ops:
                    grouped_linear=lambda x, node, offsets, axes: adapted(ops.grouped_linear, x, node, axes, offsets))
 
 
-# ---- trees with and without adapters --------------------------------------------------------------------------------------------------
+# ---- trees with and without adapters ---------------------------------------------------------------------------------
 
 def base(values: tree.Tree) -> tree.Tree:
     """A tree (of specs, parameters, places) without its adapters.
@@ -162,10 +165,11 @@ def join(values: tree.Tree, more: tree.Tree) -> tree.Tree:
 
 @torch.no_grad()
 def merge(params: tree.Tree, adapter: Lora) -> tree.Tree:
-    """The parameters of the same function without adapters: W + scale B A, added in at least float32 and rounded once to the dtype of W.
+    """The parameters of the same function without adapters: W + scale B A, added in at least float32 and rounded once
+    to the dtype of W.
 
-    Leaves may be DTensors: each rank keeps its part of W, and gathers A and B of one product at a time (all ranks call this). Leaves
-    without adapters are the same tensors.
+    Leaves may be DTensors: each rank keeps its part of W, and gathers A and B of one product at a time (all ranks call
+    this). Leaves without adapters are the same tensors.
 
     >>> node = {"weight": torch.zeros(1, 2), "lora_a": torch.tensor([[1.0, 2.0]]), "lora_b": torch.tensor([[3.0]])}
     >>> merge({"q": node}, lora(1, alpha=10.0))
@@ -181,7 +185,8 @@ def merge(params: tree.Tree, adapter: Lora) -> tree.Tree:
 
 def _merged(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Lora) -> torch.Tensor:
     if a.shape[-2] != adapter.rank:
-        raise ValueError(f"lora.merge: the adapters have rank {a.shape[-2]}, the transform {adapter.rank}; pass the one that they were trained with")
+        raise ValueError(f"lora.merge: the adapters have rank {a.shape[-2]}, the transform {adapter.rank}; pass the "
+                         "one that they were trained with")
     part = local(w).detach()
     wide = torch.promote_types(part.dtype, torch.float32)
     a, b = (x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b))

@@ -1,8 +1,8 @@
 """`overlap`: two micro-batches at once, the messages of one under the compute of the other.
 
-Whatever packs a block is given are two halves, and the stages of the block (`xtf.moe.staged`) run in turns: while one half's tokens are
-on their way to their experts, the other half computes. Autograd runs backward in the reverse order, so it interleaves as well. Parameters
-are made whole once for both.
+Whatever packs a block is given are two halves, and the stages of the block (`xtf.moe.staged`) run in turns: while one
+half's tokens are on their way to their experts, the other half computes. Autograd runs backward in the reverse order,
+so it interleaves as well. Parameters are made whole once for both.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +23,8 @@ def overlap() -> Transform:
 
     Raises ValueError, when the step runs, if the packs of a micro-batch do not divide by two.
 
-    Source: DualPipe's overlap of computation and communication (arXiv 2412.19437, section 3.2.1), within one rank's forward and backward.
+    Source: DualPipe's overlap of computation and communication (arXiv 2412.19437, section 3.2.1), within one rank's
+        forward and backward.
 
     >>> overlap().name
     'overlap'
@@ -40,10 +41,12 @@ def overlap() -> Transform:
 
 def _in_halves(block: Any, params: tree.Tree, x: torch.Tensor, *shared: Any, **keywords: Any) -> tuple[Any, Any]:
     if len(x) % 2:
-        raise ValueError(f"overlap: {len(x)} packs in a micro-batch are not two halves; give micro-batches an even number of packs")
+        raise ValueError(f"overlap: {len(x)} packs in a micro-batch are not two halves; give micro-batches an even "
+                         "number of packs")
     half = lambda i, values: pytree.tree_map(lambda v: v.chunk(2)[i] if isinstance(v, torch.Tensor) else v, values)
     running = []
     for i in range(2):
         xs = {"xs": half(i, keywords["xs"])} if "xs" in keywords else {}
         running.append(block.stages(params, *half(i, (x, *shared)), **(keywords | xs)))
-    return pytree.tree_map(lambda *ys: torch.cat(ys) if isinstance(ys[0], torch.Tensor) else ys[0], *interleave(*running))
+    return pytree.tree_map(lambda *ys: torch.cat(ys) if isinstance(ys[0], torch.Tensor) else ys[0],
+                           *interleave(*running))

@@ -1,6 +1,7 @@
 """`remat`: recompute instead of keeping.
 
-It does no more than pass `around` to `scan`: the block, and under fsdp the gather before it, run inside torch's checkpoint.
+It does no more than pass `around` to `scan`: the block, and under fsdp the gather before it, run inside torch's
+checkpoint.
 """
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,17 +11,24 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
-from torch.utils.checkpoint import CheckpointPolicy, _CachingTorchDispatchMode, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from xtf.ops import Ops
 from xtf.transform import Env, Transform
 
 
 def remat(*keep: str) -> Transform:
-    """Keep only each block's inputs and recompute the block in backward; `keep` names calls (`"attn_out"`) whose results stay.
+    """Keep only each block's inputs and recompute the block in backward; `keep` names calls (`"attn_out"`) whose
+    results stay.
 
-    Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing. What is labelled "routes" (the choice
-    of experts and the exchange of counts: integers) is always kept, so that a token cannot choose otherwise the second time.
+    Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing. What is
+    labelled "routes" (the choice of experts and the exchange of counts: integers) is always kept, so that a token
+    cannot choose otherwise the second time.
 
     Source: Chen et al., arXiv 1604.06174.
 
@@ -33,14 +41,15 @@ def remat(*keep: str) -> Transform:
         def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             return CheckpointPolicy.MUST_SAVE if inside else CheckpointPolicy.PREFER_RECOMPUTE
 
-        running: list[Any] = []                                            # of each block that runs: the list it fills, or reads again
+        running: list[Any] = []  # of each block that runs: the list it fills, or reads again
 
         def kept(fn: Callable, *args: Any) -> Any:
             if not running or torch.compiler.is_compiling():
                 return fn(*args)
             if not isinstance(running[-1], list):
                 return next(running[-1])
-            # Selective checkpoint numbers an operator's calls, and these will not be made again: it must not see them the first time.
+            # Selective checkpoint numbers an operator's calls, and these will not be made again: it must not see them
+            # the first time.
             counted = isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode)
             with _pop_mode_temporarily() if counted else nullcontext():
                 running[-1].append(fn(*args))

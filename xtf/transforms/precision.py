@@ -1,5 +1,5 @@
-"""`bf16`: matrices move and multiply in bfloat16, while the stored masters, the moments and the gradients' sums stay as they are. `fp64`: all
-of it in float64."""
+"""`bf16`: matrices move and multiply in bfloat16, while the stored masters, the moments and the gradients' sums stay as
+they are. `fp64`: all of it in float64."""
 from dataclasses import replace
 
 import torch
@@ -7,12 +7,13 @@ import torch
 from xtf import tree
 from xtf.transform import Transform
 
-CAST = torch.float32, torch.float64, torch.bfloat16    # what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
+# what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
+CAST = torch.float32, torch.float64, torch.bfloat16
 
 
 def bf16() -> Transform:
-    """Leaves with two dims or more compute in bfloat16; vectors (norms, biases, sinks) stay, since kernels take their statistics
-    in at least float32 anyway, and gathering them costs nothing.
+    """Leaves with two dims or more compute in bfloat16; vectors (norms, biases, sinks) stay, since kernels take their
+    statistics in at least float32 anyway, and gathering them costs nothing.
 
     Casts stand before fsdp's gather, so half the bytes move. Gradients come back in the masters' dtype.
 
@@ -23,7 +24,8 @@ def bf16() -> Transform:
 
 
 def fp64() -> Transform:
-    """Everything in float64: for telling a mistake, or what discrete choices make of rounding, from the rounding itself.
+    """Everything in float64: for telling a mistake, or what discrete choices make of rounding, from the rounding
+    itself.
 
     >>> from xtf.spec import Param
     >>> fp64().specs({"w": Param((2,), torch.float32, ("embed",))})["w"].dtype
