@@ -23,11 +23,14 @@ env: .venv/env.stamp
 demo: .venv/demo.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/python recipes/demo.py
 
+# Two workers, each with its own pools of ranks; one that is through takes tests from the other.
+WORKERS ?= 2
+
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-slow: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow --timeout 3600
 
 lint: env
 	$(BIN)/ruff check

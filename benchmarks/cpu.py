@@ -252,8 +252,8 @@ def compare(rows: list[dict]) -> dict[str, dict]:
         if not ours or not among:
             continue
         best, peer = fastest(ours), fastest(among)
-        paired = lambda what, best=best, peer=peer: statistics.median(t / o for o, t in zip(best[what], peer[what],
-                                                                                            strict=True))
+        paired = lambda what, best=best, peer=peer: statistics.median(
+            t / o for o, t in zip(best[what], peer[what], strict=True))
         out[name] = {"ours": best["case"], "theirs": peer["case"], "speed": paired("seconds"),
                      "speed_in_cpu_time": paired("cpu_seconds")}
         if best["memory"]:
@@ -287,7 +287,8 @@ def show(console: Console, result: dict) -> None:
         if "failed" in r:
             console.print(f"  {r['case']} failed: {r['failed']}", style="red", highlight=False)
     for name, c in result["compared"].items():
-        text = f"{c['ours']} against {name} ({c['theirs']}): {c['speed']:.3f} times as fast ({c['speed_in_cpu_time']:.3f} in CPU time)"
+        text = (f"{c['ours']} against {name} ({c['theirs']}): {c['speed']:.3f} times as fast "
+                f"({c['speed_in_cpu_time']:.3f} in CPU time)")
         if "smallest" in c:
             text += (f"; memory {c['memory_resident']:.2f} resident, {c['memory_tensors']:.2f} tensors; "
                      f"resident {c['memory_resident_to_smallest']:.2f} of their smallest ({c['smallest']})")

@@ -106,7 +106,8 @@ def peer(args: argparse.Namespace) -> None:
     packed, tokens, steps = packed.with_format("numpy"), 0, 0
     for rows in packed.iter(args.packs):
         shape = args.packs, args.seq_len
-        ids, labels, positions = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100), torch.zeros(shape, dtype=torch.int64)
+        ids, positions = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, -100)
         for r, (row, lengths) in enumerate(zip(rows["input_ids"], rows["seq_lengths"], strict=True)):
             ids[r, :len(row)] = torch.from_numpy(row)
             labels[r, :len(row)] = ids[r, :len(row)]
@@ -212,7 +213,8 @@ def main() -> None:
         for p in report.get(side, [])[1:]:
             rate = f"{p['tokens'] / p['seconds']:>12,.0f} tokens/s" if "tokens" in p else " " * 21
             full = f", {100 * p['efficiency']:.2f}% of positions used" if "efficiency" in p else ""
-            memory = f"peak {p['peak_mb']:7,.0f} MB (second quarter {p['second_quarter_peak_mb']:,.0f}, last {p['last_quarter_peak_mb']:,.0f})"
+            memory = (f"peak {p['peak_mb']:7,.0f} MB (second quarter {p['second_quarter_peak_mb']:,.0f}, "
+                      f"last {p['last_quarter_peak_mb']:,.0f})")
             print(f"{side:5} {p['phase']:16} {p['seconds']:8.1f} s {rate}  {memory}{full}")
     if args.out:
         args.out.write_text(json.dumps(report))

@@ -32,7 +32,8 @@ from xtf.transforms import bf16
 QWEN3_06B = Shape(hidden=1024, intermediate=3072, layers=28, heads=16, kv_heads=8, head_dim=128, vocab=151936)
 TOY = Shape(hidden=64, intermediate=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocab=512)
 STEPS, WARMUP = 20, 3
-MEMORY = "peak of allocated bytes in a step, less those before the model was made, less parameters, gradients and moments (all fp32)"
+MEMORY = ("peak of allocated bytes in a step, less those before the model was made, less parameters, gradients and "
+          "moments (all fp32)")
 
 
 # ---------------------------------------------------------------- parity
@@ -44,7 +45,8 @@ def our_logits_and_grads(case: Case, shape: Shape, batch: Batch) -> dict[str, to
     def probe(params, batch, ops):
         with torch.no_grad():
             logits = qwen3.forward(params, batch, cfg, ops)
-        return logits, xtf.value_and_grad(lambda params, batch, ops: qwen3.loss(params, batch, cfg, ops))(params, batch, ops)[1]
+        loss = lambda params, batch, ops: qwen3.loss(params, batch, cfg, ops)
+        return logits, xtf.value_and_grad(loss)(params, batch, ops)[1]
     run = xtf.shard(probe, *[bf16()] * (case.dtype == "masters"), specs=qwen3.specs(cfg))
     logits, grads = run(weights(shape, case), batch)
     return {"logits": logits.flatten(0, 1)} | {qwen3.names(cfg)[path]: g for path, g in tree.flatten_with_path(grads)}

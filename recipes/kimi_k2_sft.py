@@ -1,28 +1,19 @@
 r"""Fine-tune a Kimi K2 on chats, from one process to many.
 
     python recipes/kimi_k2_sft.py --model DIR --data chats.jsonl --out runs/sft --save-every 100 --resume auto
-    torchrun --nnodes 128 --nproc_per_node 8 recipes/kimi_k2_sft.py --mesh dp=32,ep=32 --overlap --trust-remote-code
-        --model DIR \ --data chats.jsonl --out runs/sft
+    torchrun --nnodes 128 --nproc_per_node 8 recipes/kimi_k2_sft.py --mesh dp=32,ep=32 --overlap --trust-remote-code \
+        --model DIR --data chats.jsonl --out runs/sft
 
 Its tokenizer is code in its directory, which runs only with --trust-remote-code. A bias steers the choice of experts,
 and each step moves it by --bias-rate; a balancing loss comes on top where the config has one (aux_loss_alpha). A
 DeepSeek V3 is the same model with other numbers, and trains its MTP modules here too. Everything from batch to update
 stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
-import torch
-
 import xtf
-from xtf import cli, layout, models, moe
-from xtf.data import eval_batches
-from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
+from xtf import cli, models, moe
 from xtf.run import Run
 
-
-class Flags(cli.ExpertFlags, kw_only=True, frozen=True):
-    """Flags of models whose routers are corrected by a bias: those of models with experts, and these."""
-    bias_rate: float = 1e-3
-    """By how much a step moves the bias of each expert that had more or fewer tokens than its share; 0, and --lora,
-    leave them."""
+Flags = cli.BiasFlags
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,13 +24,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: Flags, run: Run) -> None:
-    model, cfg = models.from_hf(flags.model, cli.say)
-    if model is not models.deepseek_v3:
-        raise ValueError(f"--model {flags.model}: {model.__name__} is neither a Kimi K2 nor a DeepSeek V3; use the "
-                         "recipe of its family")
-    schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
-    tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
-    watch, coefficient = guard(), cfg.aux_loss_alpha if flags.balance is None else flags.balance
+    model, cfg = cli.model(flags, models.deepseek_v3,
+                           other="is neither a Kimi K2 nor a DeepSeek V3; use the recipe of its family")
+    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    coefficient = cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
@@ -63,36 +51,19 @@ def train(flags: Flags, run: Run) -> None:
                                                   "lr": schedule(state.step), **watch.metrics(seen),
                                                   **moe.metrics(sums)}
 
-    def eval_step(state, batch, ops=xtf.LOCAL):
-        with torch.no_grad():
-            return ops.total(torch.stack([model.loss(state.params, batch, cfg, ops), batch.loss_mask.sum()]).double())
-
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))
-    if flags.dry_run:
-        return cli.say(layout.table(step.specs, step.layout))
-    evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=run.mesh, specs=model.specs(cfg))
-
-    tokenizer = cli.tokenizer(flags)
-    loader, held_out = cli.data(flags, tokenizer, cfg.vocab_size)
-    if flags.show_batch:
-        return cli.show(loader.step(0), tokenizer)
+    if cli.shown(flags, step, cfg.vocab_size):  # --dry-run, --show-batch
+        return
+    loader, held_out = cli.data(flags, cfg.vocab_size)
     params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), {"guard": watch.init(), "counts": moe.no_counts(step.specs)},
                                   flags.seed)
-    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
+    state = run.begin(state, loader, model, cfg, held_out)  # the newest checkpoint's, if --resume finds one
 
-    def held_out_loss(state):
-        batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)
-        nll, tokens = torch.stack([evaluate(state, cli.on_device(batch)) for batch in batches]).sum(0).tolist()
-        return nll / max(tokens, 1)
-
-    if held_out and run.first == 0:
-        run.evaluation(0, held_out_loss(state))
     for i, batch in run.steps():
         state, metrics = step(state, batch)
         run.log(i, metrics)
-        if held_out and run.evaluates(i):
-            run.evaluation(i, held_out_loss(state))
+        run.evaluate(i, state)
         run.save(i, state)
     run.finish(state.params)
 

@@ -5,12 +5,8 @@
 
 Everything from batch to update stands in `train_step`; what the ranks do is in the `shard(...)` call.
 """
-import torch
-
 import xtf
-from xtf import cli, layout, models
-from xtf.data import eval_batches
-from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
+from xtf import cli, models
 from xtf.run import Run
 
 
@@ -22,12 +18,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(flags: cli.Flags, run: Run) -> None:
-    model, cfg = models.from_hf(flags.model)
-    if model not in (models.llama, models.qwen2):
-        raise ValueError(f"--model {flags.model}: {model.__name__} is neither Llama nor Qwen2; use recipes/qwen3_sft.py")
-    schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
-    tx = chain(clip_by_global_norm(flags.clip), adamw(schedule, weight_decay=flags.weight_decay, moments=flags.moments))
-    watch = guard()
+    model, cfg = cli.model(flags, models.llama, models.qwen2,
+                           other="is neither Llama nor Qwen2; use recipes/qwen3_sft.py")
+    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
@@ -41,35 +34,18 @@ def train(flags: cli.Flags, run: Run) -> None:
         return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step),
                                                  **watch.metrics(seen)}
 
-    def eval_step(state, batch, ops=xtf.LOCAL):
-        with torch.no_grad():
-            return ops.total(torch.stack([model.loss(state.params, batch, cfg, ops), batch.loss_mask.sum()]).double())
-
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))
-    if flags.dry_run:
-        return cli.say(layout.table(step.specs, step.layout))
-    evaluate = xtf.shard(eval_step, *cli.transforms(flags, training=False), mesh=run.mesh, specs=model.specs(cfg))
-
-    tokenizer = cli.tokenizer(flags)
-    loader, held_out = cli.data(flags, tokenizer, cfg.vocab_size)
-    if flags.show_batch:
-        return cli.show(loader.step(0), tokenizer)
+    if cli.shown(flags, step, cfg.vocab_size):  # --dry-run, --show-batch
+        return
+    loader, held_out = cli.data(flags, cfg.vocab_size)
     params = cli.load(flags, step, model.names(cfg))
     state = xtf.TrainState.create(params, tx.init(params), watch.init(), flags.seed)
-    state = run.begin(state, loader, model, cfg)  # the newest checkpoint's, if --resume finds one
+    state = run.begin(state, loader, model, cfg, held_out)  # the newest checkpoint's, if --resume finds one
 
-    def held_out_loss(state):
-        batches = eval_batches(held_out, flags.seq_len, loader.packs_per_step, run.mesh)
-        nll, tokens = torch.stack([evaluate(state, cli.on_device(batch)) for batch in batches]).sum(0).tolist()
-        return nll / max(tokens, 1)
-
-    if held_out and run.first == 0:
-        run.evaluation(0, held_out_loss(state))
     for i, batch in run.steps():
         state, metrics = step(state, batch)
         run.log(i, metrics)
-        if held_out and run.evaluates(i):
-            run.evaluation(i, held_out_loss(state))
+        run.evaluate(i, state)
         run.save(i, state)
     run.finish(state.params)
 

@@ -1,5 +1,4 @@
-"""Write a tiny random checkpoint of a family, with a tokenizer trained on Python's docstrings: what the recipes are
-tried on.
+"""Write a tiny random checkpoint of a family, its tokenizer trained on Python's docstrings: what recipes are tried on.
 
     python recipes/tiny_checkpoint.py qwen3_moe DIR
     python recipes/tiny_checkpoint.py deepseek_v3 DIR --config '{"num_hidden_layers": 4, "hidden_size": 128}'

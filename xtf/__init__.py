@@ -5,7 +5,7 @@ from xtf.ops import LOCAL, Ops
 from xtf.parallel._mesh import mesh
 from xtf.spec import Param, init
 from xtf.state import TrainState
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
-__all__ = ["LOCAL", "Env", "Ops", "Param", "TrainState", "Transform", "init", "mesh", "microbatch", "shard",
+__all__ = ["LOCAL", "Env", "Ops", "Param", "Stage", "TrainState", "Transform", "init", "mesh", "microbatch", "shard",
            "value_and_grad"]

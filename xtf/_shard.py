@@ -1,5 +1,4 @@
-"""`shard`: a fold over transforms. Specs, claims and `Ops` go in, a step with the signature of the plain one comes
-out."""
+"""`shard`: a fold over transforms. Specs, claims and `Ops` go in, a step of the plain one's signature comes out."""
 import functools
 import math
 from collections.abc import Callable
@@ -43,8 +42,9 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
         specs = t.specs(specs)
     tokens = tuple(a for a in axes if M.size(mesh, a) > 1
                    and (a in PACK_AXES or any(a in t.tokens for t in transforms)))
-    layout = None if mesh is None else tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens),
-                                                          specs)
+    layout = None
+    if mesh is not None:
+        layout = tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
     rules = tuple(t.cast for t in transforms if t.cast)
     env = Env(mesh, tokens, layout, functools.partial(_cast, rules), bool(rules), size=functools.partial(M.size, mesh),
               rank=functools.partial(M.rank, mesh), group=functools.partial(M.group, mesh))
@@ -77,9 +77,9 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
                 continue
             clash = claims.get(axis) or next(((d, n) for d, n in claims.values() if d == dim), None)
             if clash:
-                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} and {clash[1]} both claim "
-                                 f"{f'mesh axis {axis!r}' if axis in claims else f'dim {p.axes[dim]!r}'}; drop one of "
-                                 "them for this leaf")
+                what = f"mesh axis {axis!r}" if axis in claims else f"dim {p.axes[dim]!r}"
+                raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} and {clash[1]} both claim {what}; "
+                                 "drop one of them for this leaf")
             if p.shape[dim] % M.size(mesh, axis):
                 raise ValueError(f"shard: leaf {path} {p.axes}: {t.name} splits {p.axes[dim]!r} of {p.shape[dim]} over "
                                  f"{axis}={M.size(mesh, axis)}, which does not divide it")
@@ -102,8 +102,7 @@ def place(path: str, p: Any, transforms: tuple[Transform, ...], mesh: DeviceMesh
 
 
 def base_ops(env: Env) -> Ops:
-    """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients are
-    summed."""
+    """`LOCAL` on a mesh: leaves are unwrapped and cast, totals and norms cross ranks, whole leaves' gradients too."""
     def whole(params: tree.Tree) -> tree.Tree:
         return tree.tree_map(lambda p: computed(p, env), params)
     if env.mesh is None and not env.casts:
@@ -135,6 +134,9 @@ def base_ops(env: Env) -> Ops:
         if len(grads) != len(places):
             raise ValueError(f"value_and_grad: {len(grads)} parameters were passed, the layout has {len(places)}; "
                              "differentiate the whole tree (freeze leaves in the specs instead)")
+        # Gradients are summed over ranks in two places. Here: over the axes along which a leaf is whole and the tokens
+        # differ, by all-reduces. Before, in `Gather.backward` and `collect` of xtf/parallel/_fsdp.py: over the axes
+        # that a leaf is stored over, by reduce-scatters (divided here where ranks of such an axis see the same tokens).
         jobs: dict[tuple, list[int]] = {}
         for i, (x, place) in enumerate(zip(leaves, places, strict=True)):
             if x.requires_grad:
@@ -150,5 +152,4 @@ def base_ops(env: Env) -> Ops:
                 grads[i] = part.view_as(grads[i])
         return grads
 
-    return replace(ops, total=total, same_packs=same_packs, norm=norm, matrices=matrices, collect=collect,
-                   whole=lambda leaf: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf)
+    return replace(ops, total=total, same_packs=same_packs, norm=norm, matrices=matrices, collect=collect)

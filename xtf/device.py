@@ -55,14 +55,15 @@ def capability() -> str:
     """
     if device().type == "cpu":
         bf16 = "native" if native_bf16() else "emulated"
-        return f"{name()}, {torch.backends.cpu.get_cpu_capability()}, bf16 products {bf16}, {torch.get_num_threads()} threads"
+        return (f"{name()}, {torch.backends.cpu.get_cpu_capability()}, bf16 products {bf16}, "
+                f"{torch.get_num_threads()} threads")
     free, total = torch.accelerator.get_memory_info()
-    return f"{name()}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free), {torch.accelerator.device_count()} of them here"
+    return (f"{name()}, {total / 2**30:.0f} GiB ({free / 2**30:.0f} free), "
+            f"{torch.accelerator.device_count()} of them here")
 
 
 def native_bf16() -> bool:
-    """Whether bf16 products are worth asking for: False on a CPU without such instructions, where they run 10 to 100
-    times slower than fp32."""
+    """Whether bf16 products pay: not on a CPU without such instructions (10 to 100 times slower than fp32)."""
     return device().type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -105,14 +106,12 @@ def _copy_stream() -> torch.Stream:
 
 
 def piece(where: torch.device) -> int:
-    """How many numbers a chain of elementwise passes should take at a time: few enough for a CPU's cache, else enough
-    to fill a GPU."""
+    """How many numbers a chain of elementwise passes takes at a time: to fit a CPU's cache, or to fill a GPU."""
     return 1 << 19 if where.type == "cpu" else 1 << 26
 
 
 def norm_piece(where: torch.device) -> int:
-    """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes each add up their
-    part in one float32."""
+    """How many float32 numbers torch's norm may take at once without losing digits: a CPU's lanes add in float32."""
     return 1 << 14 if where.type == "cpu" else 1 << 40
 
 
@@ -161,8 +160,7 @@ def total_memory() -> int:
 
 
 def memory_gb() -> float:
-    """The most memory held so far, in GB of 10^9 bytes: allocated on the accelerator, or resident in this process on
-    CPU.
+    """The most memory held so far, in GB of 10^9 bytes: allocated on the accelerator, or resident, on CPU.
 
     >>> memory_gb() > 0.01
     True
@@ -218,8 +216,7 @@ def processors() -> int:
 
 
 def keep_pages() -> bool:
-    """Let freed CPU memory stay with the process, so that the next large tensor finds its pages there; True if the
-    allocator agreed.
+    """Let freed CPU memory stay with the process, for the next large tensor; True if the allocator agreed.
 
     glibc returns every block above 32 MiB to the kernel when it is freed, and the next one is zeroed anew page by page:
     filling a fresh 64 MB tensor takes 24 ms, and 3 ms with pages kept. No block is mapped by itself any more

@@ -24,22 +24,21 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 TOP = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
        "output.weight": "lm_head.weight"}
 BLOCK = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-         "attn_k_norm": "self_attn.k_norm",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
          "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
          "ffn_down": "mlp.down_proj"}
 WITHOUT_EFFECT = {"vocab_size"}                                          # the embedding's rows say it
 # How text is split before its bytes are merged; the expressions are those the models were trained with, by
 # `tokenizer.ggml.pre`.
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| "
-         r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT2, SMOLLM, QWEN2, LLAMA3 = {None, "default",
-                               "gpt-2"}, {"smollm"}, {"qwen2", "deepseek-r1-qwen"}, {"llama-bpe", "llama3", "llama-v3"}
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2, SMOLLM = {None, "default", "gpt-2"}, {"smollm"}
+QWEN2, LLAMA3 = {"qwen2", "deepseek-r1-qwen"}, {"llama-bpe", "llama3", "llama-v3"}
 
 
 def to_hf(gguf_file: str | Path, out_dir: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Convert a GGUF file (llama, qwen2 or qwen3; any quantisation that the gguf package reads) to a Hugging Face
-    directory.
+    """Convert a GGUF file (llama, qwen2, qwen3; any quantisation the gguf package reads) to a Hugging Face directory.
 
     Writes config.json, generation_config.json, model.safetensors in `dtype`, the tokenizer and its chat template; one
     tensor is in memory at a time. Vectors and matrices are [out, in], with llama's query and key rows in Hugging Face's
@@ -84,15 +83,15 @@ def to_hf(gguf_file: str | Path, out_dir: str | Path, dtype: torch.dtype = torch
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields, tensors by name); the reader trusts every length it finds, so whatever it raises means a corrupt
-    file."""
+    """(fields, tensors by name); the reader trusts any length it finds, so what it raises means a corrupt file."""
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a .gguf file")
     try:
         reader = GGUFReader(source)
         return {name: field.contents() for name, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
     except Exception as e:
-        raise ValueError(f"{source}: not a GGUF file, or corrupt or truncated ({type(e).__name__}: {e}); fetch it again") from e
+        raise ValueError(f"{source}: not a GGUF file, or corrupt or truncated ({type(e).__name__}: {e}); "
+                         "fetch it again") from e
 
 
 def _config(source: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,12 +140,12 @@ def _config(source: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any])
 
 
 def _shortest(value: Any) -> Any:
-    """GGUF holds float32: 1e-05 comes as 9.999999747378752e-06. The shortest number that rounds to the same float32 was
-    meant."""
+    """GGUF holds float32: 1e-05 comes as 9.999999747378752e-06. The shortest number of that float32 was meant."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _rope_scaling(source: Path, config: Mapping[str, Any], take: Any, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(source: Path, config: Mapping[str, Any], take: Any,
+                  tensors: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = take("rope.scaling.type", "none")
     factor, original = take("rope.scaling.factor", 1.0), take("rope.scaling.original_context_length", None)
     take("rope.scaling.finetuned", None)                                 # says how the model came about
@@ -161,8 +160,7 @@ def _rope_scaling(source: Path, config: Mapping[str, Any], take: Any, tensors: M
 
 
 def _llama3_scaling(source: Path, config: Mapping[str, Any], divisors: np.ndarray) -> dict[str, Any]:
-    """The parameters behind llama 3's table of divisors, checked by making the table again (Llama 3.1: 8192, 1 and
-    4)."""
+    """The parameters of llama 3's table of divisors, checked by making it again (Llama 3.1: 8192, 1 and 4)."""
     low, high, original, factor = 1.0, 4.0, 8192, _shortest(float(divisors.max()))
     dim = config["head_dim"]
     # within the original context
@@ -176,20 +174,19 @@ def _llama3_scaling(source: Path, config: Mapping[str, Any], divisors: np.ndarra
 
 
 def _names(source: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, str]:
-    """GGUF name -> Hugging Face name of every tensor that the config asks for; the file must have these and no
-    others."""
+    """GGUF name -> Hugging Face name of every tensor that the config asks for; the file must have just these."""
     kind = config["model_type"]
     parts = [f"{p}.weight" for p in BLOCK if kind == "qwen3" or p not in ("attn_q_norm", "attn_k_norm")]
     if config.get("attention_bias", True):
-        parts += [f"{p}.bias" for p in ("attn_q", "attn_k", "attn_v", "attn_output") if kind != "qwen2"
-                  or p != "attn_output"]
+        parts += [f"{p}.bias" for p in ("attn_q", "attn_k", "attn_v", "attn_output")
+                  if kind != "qwen2" or p != "attn_output"]
     names = {g: h for g, h in TOP.items() if g != "output.weight" or not config["tie_word_embeddings"]}
     for i in range(config["num_hidden_layers"]):
         for part in parts:
             name, suffix = part.rsplit(".", 1)
             names[f"blk.{i}.{part}"] = f"model.layers.{i}.{BLOCK[name]}.{suffix}"
-    missing, extra = [n for n in names
-                      if n not in tensors], sorted(tensors.keys() - names.keys() - {"rope_freqs.weight"})
+    missing = [n for n in names if n not in tensors]
+    extra = sorted(tensors.keys() - names.keys() - {"rope_freqs.weight"})
     if missing or extra:
         raise ValueError(f"{source}: the tensors are not those of a {kind} of {config['num_hidden_layers']} layers; "
                          f"missing: {missing}; extra: {extra}")
@@ -261,6 +258,6 @@ def _byte_level(source: Path, ggml: Mapping[str, Any]) -> Tokenizer:
     if pre in QWEN2:
         tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     for type_ in (TokenType.CONTROL, TokenType.USER_DEFINED):
-        tokenizer.add_tokens([AddedToken(t, normalized=False, special=type_ == TokenType.CONTROL) for _, t, k in kept
-                              if k == type_])
+        tokenizer.add_tokens([AddedToken(t, normalized=False, special=type_ == TokenType.CONTROL)
+                              for _, t, k in kept if k == type_])
     return tokenizer

@@ -48,7 +48,8 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
 
     Raises ValueError if the share is not a scalar or depends on no trainable parameter.
 
-    >>> loss, grads = value_and_grad(lambda p, x, ops: (p["w"] * x).sum())({"w": torch.ones(2, requires_grad=True)}, torch.ones(2))
+    >>> share = lambda p, x, ops: (p["w"] * x).sum()
+    >>> loss, grads = value_and_grad(share)({"w": torch.ones(2, requires_grad=True)}, torch.ones(2))
     >>> loss.item(), grads["w"].tolist()
     (2.0, [1.0, 1.0])
     """

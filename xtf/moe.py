@@ -1,24 +1,30 @@
-"""A dropless mixture of experts, in stages: score → choose → weigh → plan → dispatch → experts → combine → home.
+"""A dropless mixture of experts, in stages: score → choose → weigh → announce → dispatch → experts → combine → home.
 
 `layer` is a generator that yields wherever messages fly, so that a scheduler may run another micro-batch meanwhile
 (`overlap`) without a second copy of forward; `staged` makes a plain block of one. What the routers did comes out as
 sums, so balancing losses are shares like any other loss: linear in the probabilities, given the counts.
 
-P packs   t positions here   T tokens here (P × t)   D hidden   E experts   K chosen a token   S documents of a pack   L layers with experts
-N (token, expert) pairs computed here   F expert width
+In the field's words score, choose and weigh are the gate; `dispatch` and `arrive` permute tokens by expert and send
+them in an all-to-all; the experts are a grouped GEMM; `combine` and `home` are the all-to-all back and unpermute. There
+is no capacity factor, and nothing is dropped.
+
+P packs   t positions here   W positions of a whole pack   T tokens here (P × t)   D hidden   E experts
+K chosen a token   S documents of a pack   L layers with experts   N (token, expert) pairs computed here
+F expert width
 """
 import functools
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from xtf import device, tree
+from xtf.data.batch import Batch
 from xtf.kernels import at_least_float32
 from xtf.kernels.swiglu import weighted_swiglu
 from xtf.layout import part_like
-from xtf.ops import LOCAL, Ops
+from xtf.ops import LOCAL, ExpertRows, Ops
 
 
 class Router(NamedTuple):
@@ -39,14 +45,15 @@ class Router(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the routers of all layers did here; all but `experts` are sums over tokens, so they add over packs,
-    micro-batches and ranks.
+    """What the routers of all layers did here; all but `experts` are sums over tokens: they add over packs and ranks.
 
-    counts_LPSE [L, P, S, E]: pairs that each document sent to each expert. probs_LPSE: the sum of its tokens'
-        probabilities (with gradient).
-    z_LP: sum of logsumexp(logits)² (with gradient). entropy_LP: sum of the probabilities' entropies, in nats. tokens_P:
-    tokens that are not padding. dropped_LP: pairs that a static bound left out. experts: for each layer the choice, [P,
-    t, K] int16, -1 at padding.
+    counts_LPSE: pairs that each document sent to each expert.
+    probs_LPSE: the sum of its tokens' probabilities (with gradient).
+    z_LP: the sum of logsumexp(logits)² (with gradient).
+    entropy_LP: the sum of the probabilities' entropies, in nats.
+    tokens_P: tokens that are not padding.
+    dropped_LP: pairs that a static bound left out.
+    experts: for each layer the choice, [P, t, K] int16, -1 at padding.
     """
     counts_LPSE: torch.Tensor
     probs_LPSE: torch.Tensor
@@ -100,11 +107,25 @@ def weigh(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: torch.Te
     return weights_TK * router.scale
 
 
+def replays(routes: Sequence[torch.Tensor] | None, layers: Sequence[dict], ops: Ops) -> list[torch.Tensor | None]:
+    """For each layer the recorded choice [P, t, K] to replay: None where it has no experts, or without `routes`.
+
+    `routes` has one [P, W, K] of whole packs for each layer with experts; raises ValueError if there are more or fewer.
+    """
+    sparse = ["router" in p for p in layers]
+    if routes is None:
+        return [None] * len(layers)
+    if len(routes) != sum(sparse):
+        raise ValueError(f"routes: {len(routes)} recorded layers for the {sum(sparse)} of this model's {len(layers)} "
+                         "layers that have experts")
+    recorded = iter(routes)
+    return [ops.split(next(recorded)) if s else None for s in sparse]
+
+
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 def staged(stages: Callable[..., Generator]) -> Callable[..., Any]:
-    """A block whose stages may be interleaved with another's. Called, it runs them one after the other; `.stages` is
-    the generator function.
+    """A block whose stages may be interleaved with another's; called, it runs them in turn. `.stages` is the generator.
 
     It yields None wherever messages fly, and last its result (torch.compile knows nothing of what a generator returns).
 
@@ -135,17 +156,22 @@ def interleave(*running: Generator) -> list[Any]:
     return results
 
 
+class Experts(Protocol):
+    """What one layer's experts make of rows that are laid out by expert."""
+    def __call__(self, p: dict, rows: ExpertRows, *, ops: Ops) -> torch.Tensor: ...
+
+
 def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_documents: int, router: Router, ops: Ops, *,
-          onto: torch.Tensor, experts: Callable[[dict, Any, Ops], torch.Tensor],
-          shared: Callable[[], torch.Tensor] | None = None, routes: torch.Tensor | None = None) -> Generator[Any, None, None]:
-    """Yields last: (onto + the experts' sum for each token, [P, t, D]; what the router did: one layer of `Routing`, by
-    field, packs in front).
+          onto: torch.Tensor, experts: Experts, shared: Callable[[], torch.Tensor] | None = None,
+          routes: torch.Tensor | None = None) -> Generator[Any, None, None]:
+    """Yields last: (onto + the experts' sum, [P, t, D]; the router's layer of `Routing`, by field, packs in front).
 
     `p` has "router", "experts" and, where the choice is corrected, "correction". `documents_Pt` as `documents` gives
-    it: padding goes to nobody and is not counted. `experts(p["experts"], rows, ops)` -> [N, D], each row already times
-    `rows.weights_N`. `shared()` [P, t, D] is added, and computed while the rows fly. `routes` [P, t, K] replays a
+    it: padding goes to nobody and is not counted. `experts(p["experts"], rows, ops=ops)` -> [N, D], each row already
+    times `rows.weights_N`. `shared()` [P, t, D] is added, and computed while the rows fly. `routes` [P, t, K] replays a
     recorded choice.
     """
+    # the gate
     x_TD, documents_T = h_PtD.flatten(0, 1), documents_Pt.flatten()
     logits_TE, scores_TE = score(p["router"], x_TD, router, ops)
     if routes is None:
@@ -154,23 +180,25 @@ def layer(p: dict, h_PtD: torch.Tensor, documents_Pt: torch.Tensor, num_document
     else:
         experts_TK = routes.flatten(0, 1).long()
     experts_TK = experts_TK.masked_fill((documents_T < 0)[:, None], -1)
-    plan = ops.name(ops.plan, "routes")(experts_TK, router.num_experts)
+    announced = ops.name(ops.announce, "routes")(experts_TK, router.num_experts)     # counts, to know sizes
     yield
-    flight = ops.dispatch(x_TD, weigh(logits_TE, scores_TE, experts_TK, router), plan)
+    # permute, all-to-all
+    flight = ops.dispatch(x_TD, weigh(logits_TE, scores_TE, experts_TK, router), announced)
     y_PtD = shared() if shared is not None else None
     yield
     rows = ops.arrive(flight)
     # before the message home, so that remat's recomputation ends there
     routed = statistics(logits_TE, scores_TE, experts_TK, documents_Pt, num_documents, rows.dropped)
-    flight = ops.combine(experts(p["experts"], rows, ops), rows)
+    # grouped GEMMs, all-to-all back
+    flight = ops.combine(experts(p["experts"], rows, ops=ops), rows)
     yield
     onto = onto if y_PtD is None else onto + y_PtD
+    # unpermute: each token's rows summed
     yield onto + ops.home(flight).view_as(onto), routed
 
 
-def swiglu_experts(p: dict, rows: Any, ops: Ops) -> torch.Tensor:
-    """down(silu(gate x) * up x * weight) of every row: the weight multiplies the narrow rows, so that the way home is a
-    mere sum."""
+def swiglu_experts(p: dict, rows: ExpertRows, ops: Ops) -> torch.Tensor:
+    """down(silu(gate x) * up x * weight) of every row: weighted while narrow, so that the way home is a mere sum."""
     gate_NF = ops.grouped_linear(rows.x_ND, p["gate"], rows.offsets_E, ("embed", "mlp"))
     up_NF = ops.grouped_linear(rows.x_ND, p["up"], rows.offsets_E, ("embed", "mlp"))
     return ops.grouped_linear(weighted_swiglu(gate_NF, up_NF, rows.weights_N), p["down"], rows.offsets_E,
@@ -179,24 +207,22 @@ def swiglu_experts(p: dict, rows: Any, ops: Ops) -> torch.Tensor:
 
 # ---- what the router did ---------------------------------------------------------------------------------------------
 
-def documents(batch: Any, ops: Ops) -> torch.Tensor:
-    """The index of each position's document in its pack, [P, t] int64, -1 at padding; positions are split as the
-    model's are.
+def documents(batch: Batch, ops: Ops) -> torch.Tensor:
+    """The index of each position's document in its pack, [P, t] int64, -1 at padding; split as the model's positions.
 
     >>> from xtf.data import Sample, pack
     >>> from xtf.ops import LOCAL
     >>> documents(pack([Sample([5, 6], [0, 1]), Sample([7], [1])], seq_len=5, max_documents=3), LOCAL).tolist()
     [[0, 0, 1, -1, -1]]
     """
-    P, T = batch.input_ids.shape
-    position_PT = torch.arange(T, device=batch.segments.device).expand(P, T).contiguous()
-    index_PT = torch.searchsorted(batch.segments[:, 1:].long().contiguous(), position_PT, right=True)
-    return ops.split(index_PT.masked_fill(position_PT >= batch.lengths[:, None], -1))
+    P, W = batch.input_ids.shape
+    position_PW = torch.arange(W, device=batch.segments.device).expand(P, W).contiguous()
+    index_PW = torch.searchsorted(batch.segments[:, 1:].long().contiguous(), position_PW, right=True)
+    return ops.split(index_PW.masked_fill(position_PW >= batch.lengths[:, None], -1))
 
 
-def num_tokens(batch: Any, ops: Ops) -> torch.Tensor:
-    """How many tokens of the whole global batch are not padding (1 if none is): what balancing and z-losses are divided
-    by."""
+def num_tokens(batch: Batch, ops: Ops) -> torch.Tensor:
+    """How many tokens of the whole global batch are no padding (or 1): balancing and z-losses are divided by it."""
     return ops.total((documents(batch, ops) >= 0).sum()).clamp(min=1)
 
 
@@ -216,9 +242,10 @@ def statistics(logits_TE: torch.Tensor, scores_TE: torch.Tensor, experts_TK: tor
     by_pack = lambda x_T: (x_T.view(P, t) * real_Pt).sum(1)
     shape = P, num_documents, E
     return {"counts": counts.view(bins + 1, E)[:bins].view(shape), "probs": probs[:bins].view(shape),
-            "z": by_pack(logits_TE.logsumexp(-1).square()), "entropy":
-            -by_pack(torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum(-1)), "tokens": real_Pt.sum(1),
-            "dropped": F.pad(dropped.view(1), (0, P - 1)), "experts": experts_TK.view(P, t, -1).to(torch.int16)}
+            "z": by_pack(logits_TE.logsumexp(-1).square()),
+            "entropy": -by_pack(torch.special.xlogy(probs_TE.detach(), probs_TE.detach()).sum(-1)),
+            "tokens": real_Pt.sum(1), "dropped": F.pad(dropped.view(1), (0, P - 1)),
+            "experts": experts_TK.view(P, t, -1).to(torch.int16)}
 
 
 def gather(ys: Sequence[dict | None]) -> Routing:
@@ -234,8 +261,7 @@ def gather(ys: Sequence[dict | None]) -> Routing:
 def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops,
             over: Literal["document", "batch", "pack", "transformers"] = "document",
             previous_LE: torch.Tensor | None = None) -> torch.Tensor:
-    """This rank's share of the balancing loss, summed over layers: 1 a layer where experts are used evenly, up to E
-    where one is used alone.
+    """This rank's share of the balancing loss, summed over layers: 1 a layer if use is even, up to E if one does all.
 
     Σ over documents of (tokens / num_tokens) × E Σ_e f_e p_e, with f_e the fraction of the document's pairs that expert
     e got and p_e its mean probability: the document's loss of DeepSeek V3 (arXiv 2412.19437, eq. 17 to 20),
@@ -271,21 +297,18 @@ def balance(routing: Routing, num_tokens: torch.Tensor, ops: Ops,
 
 
 def z_loss(routing: Routing, num_tokens: torch.Tensor) -> torch.Tensor:
-    """This rank's share of the mean of logsumexp(logits)² over tokens, summed over layers (ST-MoE, arXiv 2202.08906,
-    eq. 5)."""
+    """This rank's share of the mean of logsumexp(logits)², summed over layers (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return routing.z_LP.sum() / num_tokens
 
 
 def sums(routing: Routing) -> dict[str, torch.Tensor]:
-    """What to return beside the share, so that `value_and_grad` adds it over micro-batches and ranks: counts [L, E] and
-    scalars by layer [L]."""
+    """What to return beside the share, to be added over micro-batches and ranks: counts [L, E], scalars [L]."""
     return {"counts": routing.counts_LPSE.detach().sum((1, 2)), "z": routing.z_LP.detach().sum(1),
             "entropy": routing.entropy_LP.sum(1), "tokens": routing.tokens_P.sum(), "dropped": routing.dropped_LP.sum()}
 
 
 def no_counts(specs: tree.Tree) -> torch.Tensor:
-    """Counts of no step yet, zeros [L, E] in at least float32 on the device: what `TrainState.extra` begins with for
-    `balance(over="batch")`.
+    """Counts of no step yet, zeros [L, E] in at least float32: what `extra` begins with for `balance(over="batch")`.
 
     >>> from xtf.spec import Param
     >>> router = {"router": {"weight": Param((4, 8), torch.float32, ("router", "embed"))}}
@@ -304,10 +327,11 @@ def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Scalars for the log, from the step's `sums`.
 
     router_violation: by how much the fullest expert of any layer exceeds its even share, (max - mean) / mean.
-    router_load_min: the emptiest expert's part of its even share. router_entropy: nats a token and layer. router_z:
-        mean logsumexp². dropped: pairs that were left out.
+    router_load_min: the emptiest expert's part of its even share. router_entropy: nats a token and layer.
+    router_z: mean logsumexp². dropped: pairs that were left out.
 
-    >>> even = {"counts": torch.ones(1, 4), "z": torch.ones(1), "entropy": torch.ones(1), "tokens": torch.tensor(2), "dropped": torch.tensor(0)}
+    >>> even = {"counts": torch.ones(1, 4), "z": torch.ones(1), "entropy": torch.ones(1), "tokens": torch.tensor(2),
+    ...         "dropped": torch.tensor(0)}
     >>> metrics(even)["router_violation"].item()
     0.0
     """
@@ -321,8 +345,7 @@ def metrics(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def correct(updates: tree.Tree, params: tree.Tree, counts_LE: torch.Tensor, rate: float, ops: Ops = LOCAL,
             ok: torch.Tensor | None = None) -> tree.Tree:
-    """`updates` with those of the routers' corrections: + rate for experts below their layer's mean count, - rate above
-    (0 where not `ok`).
+    """`updates` with the corrections': + rate for experts below their layer's mean count, - rate above (0 if not `ok`).
 
     No gradient reaches a correction: it steers the choice alone, so that no auxiliary loss is needed (arXiv 2408.15664,
     Algorithm 1). Raises ValueError if the layers with corrections are not as many as the rows of `counts_LE`.
@@ -335,5 +358,5 @@ def correct(updates: tree.Tree, params: tree.Tree, counts_LE: torch.Tensor, rate
     count = sum(path.endswith("correction.bias") for path, _ in tree.flatten_with_path(params))
     if count != len(delta_LE):
         raise ValueError(f"moe.correct: counts of {len(delta_LE)} layers for {count} layers with a correction")
-    return tree.map_with_path(lambda path, p, u: part_like(next(rows).to(p.dtype), p)
-                              if path.endswith("correction.bias") else u, params, updates)
+    moved = lambda path, p, u: part_like(next(rows).to(p.dtype), p) if path.endswith("correction.bias") else u
+    return tree.map_with_path(moved, params, updates)

@@ -1,27 +1,28 @@
-"""What dense decoders share: rotary embeddings of every scaling kind, attention and MLP, the head and its losses,
-counts.
+"""What decoders share: rotary embeddings of every scaling kind, attention and MLP, the head and its losses, counts.
 
 All are functions of a node or layer of the parameter tree; whatever concerns the machine goes through `ops`.
 
-P packs   T positions of a pack   t positions here   S documents   D hidden   H query heads   K key-value heads   d head dim
-F mlp width   V vocabulary
+P packs   T positions of a pack   t positions here   S documents (and one more where their lengths are cumulative)
+D hidden   H query heads   K key-value heads   d head dim   F mlp or expert width   V vocabulary   E experts
+N (token, expert) pairs
 """
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Protocol
 
 import msgspec
 import torch
 import torch.nn.functional as F
 
 from xtf import moe, tree
+from xtf.data.batch import Batch
 from xtf.kernels import at_least_float32
 from xtf.kernels.cross_entropy import linear_cross_entropy, token_logprobs
 from xtf.kernels.rms_norm import rms_norm
 from xtf.kernels.rope import apply_rope
 from xtf.kernels.swiglu import swiglu
-from xtf.ops import Ops
+from xtf.ops import LOCAL, ExpertRows, Ops
 from xtf.spec import ONES, ZEROS, Normal, Param
 
 Size = Annotated[int, msgspec.Meta(ge=1)]
@@ -29,9 +30,8 @@ Size = Annotated[int, msgspec.Meta(ge=1)]
 # transformers' names for what torch has as one function; "silu" alone has a fused kernel
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
+    "gelu_new": partial(F.gelu, approximate="tanh"), "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu,
     "hardswish": F.hardswish, "mish": F.mish, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
 }
 
@@ -58,8 +58,10 @@ class DynamicRope(Rope, frozen=True, tag="dynamic"):
 
 
 class YarnRope(Rope, frozen=True, tag="yarn"):
-    """Slow dims interpolated, fast ones kept, a ramp between, and cos, sin scaled by `attention_factor` (arXiv
-    2309.00071, eq. 15 to 25)."""
+    """Slow dims interpolated, fast ones kept, a ramp between (arXiv 2309.00071, eq. 15 to 25).
+
+    Cos and sin are scaled by `attention_factor`.
+    """
     factor: float
     original_max_position_embeddings: Size
     attention_factor: float | None = None
@@ -71,8 +73,7 @@ class YarnRope(Rope, frozen=True, tag="yarn"):
 
 
 class LongRope(Rope, frozen=True, tag="longrope"):
-    """A factor for each dim, from one of two tables: for documents up to the original length, and longer ones (arXiv
-    2402.13753)."""
+    """A factor a dim, from a table for documents up to the original length or one for longer (arXiv 2402.13753)."""
     factor: float
     original_max_position_embeddings: Size
     short_factor: tuple[float, ...]
@@ -103,16 +104,15 @@ def rope(kind: AnyRope, head_dim: int, positions_PT: torch.Tensor, segments_PS: 
     (torch.Size([1, 3, 4]), [1.0, 1.0, 1.0, 1.0])
     """
     wide = at_least_float32(dtype)
-    angle = positions_PT[..., None].to(wide) * inverse_frequencies(kind, head_dim, segments_PS,
-                                                                   positions_PT.shape[1]).to(wide)
+    radians = inverse_frequencies(kind, head_dim, segments_PS, positions_PT.shape[1])
+    angle = positions_PT[..., None].to(wide) * radians.to(wide)
     scale = attention_factor(kind)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
 
 
 def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor, T: int) -> torch.Tensor:
-    """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] for the kinds that depend on a document's
-    length.
+    """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] where they depend on a document's length.
 
     Computed on the CPU where the length plays no part: a last-digit difference in a device's pow is 1e-3 radians at
     position 30,000.
@@ -134,9 +134,8 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
             if kind.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, head_dim - 1)
-            ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low)
-                    / (high - low or 0.001)).clamp(0, 1)
-            keep = 1 - ramp
+            dims = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+            keep = 1 - ((dims - low) / (high - low or 0.001)).clamp(0, 1)
             return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep).to(device)
         case LongRope():
             short, long = (1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods)
@@ -156,8 +155,8 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
 
 def yarn_dim(kind: YarnRope, rotations: float, head_dim: int) -> float:
     """The (fractional) dim that turns `rotations` times within the original context."""
-    return head_dim * math.log(kind.original_max_position_embeddings
-                               / (rotations * 2 * math.pi)) / (2 * math.log(kind.rope_theta))
+    turns = kind.original_max_position_embeddings / (rotations * 2 * math.pi)
+    return head_dim * math.log(turns) / (2 * math.log(kind.rope_theta))
 
 
 def attention_factor(kind: AnyRope) -> float:
@@ -191,25 +190,54 @@ def document_lengths(segments_PS: torch.Tensor, T: int) -> torch.Tensor:
     [[2, 2, 3, 3, 3]]
     """
     ends_PS, lengths_PS = segments_PS[:, 1:].long(), segments_PS.diff(dim=1)
-    ended_PT = torch.zeros_like(ends_PS[:, :1]).expand(-1, T + 1).scatter_add(1, ends_PS,
-                                                                              torch.ones_like(ends_PS)).cumsum(1)[:, :T]
-    return lengths_PS.gather(1, ended_PT)
+    ends_here_PT = torch.zeros_like(ends_PS[:, :1]).expand(-1, T + 1).scatter_add(1, ends_PS, torch.ones_like(ends_PS))
+    return lengths_PS.gather(1, ends_here_PT.cumsum(1)[:, :T])
+
+
+# ---- what is read of a config ----------------------------------------------------------------------------------------
+
+class ModelConfig(Protocol):
+    """What the `Config` of every family has, whatever else it has; fields are named as in config.json."""
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def rms_norm_eps(self) -> float: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def rope(self) -> AnyRope: ...
+    @property
+    def pad_token_id(self) -> int | None: ...
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
-def norm(x_PtD: torch.Tensor, node: dict, cfg: Any) -> torch.Tensor:
+def norm(x_PtD: torch.Tensor, node: dict, cfg: ModelConfig) -> torch.Tensor:
     """RMSNorm over the last dim."""
     return rms_norm(x_PtD, node["weight"], cfg.rms_norm_eps)
 
 
-def embed(node: dict, ids_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
+def embed(node: dict, ids_Pt: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     """Rows of the table. As in transformers, looking up the padding token sends no gradient to its row."""
     return F.embedding(ids_Pt, node["weight"], padding_idx=cfg.pad_token_id)
 
 
 def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Tensor, segments_PS: torch.Tensor,
-              window: int | None, cfg: Any, ops: Ops) -> torch.Tensor:
+              window: int | None, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """Causal grouped-query attention of one layer `p`; q and k are normed by head where the layer has `q_norm` and
     `k_norm`, and every query sees a sink where it has `sinks`.
 
@@ -227,14 +255,17 @@ def attention(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torc
     return ops.linear(o_PtHd.flatten(-2), p["o"], ("heads", "embed"))
 
 
-def mlp(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def mlp(p: dict, x_PtD: torch.Tensor, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """The gated MLP of one layer `p`: down(act(gate x) * up x)."""
     gate_PtF, up_PtF = ops.linear(x_PtD, p["gate"], ("embed", "mlp")), ops.linear(x_PtD, p["up"], ("embed", "mlp"))
-    hidden_PtF = swiglu(gate_PtF, up_PtF) if cfg.hidden_act in ("silu", "swish") else ACTIVATIONS[cfg.hidden_act](gate_PtF) * up_PtF
+    if cfg.hidden_act in ("silu", "swish"):
+        hidden_PtF = swiglu(gate_PtF, up_PtF)
+    else:
+        hidden_PtF = ACTIVATIONS[cfg.hidden_act](gate_PtF) * up_PtF
     return ops.linear(hidden_PtF, p["down"], ("mlp", "embed"))
 
 
-def experts(p: dict, rows: Any, ops: Ops, cfg: Any) -> torch.Tensor:
+def experts(p: dict, rows: ExpertRows, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """`mlp` for rows laid out by expert, [N, D], each times its weight."""
     if cfg.hidden_act in ("silu", "swish"):
         return moe.swiglu_experts(p, rows, ops)
@@ -244,77 +275,86 @@ def experts(p: dict, rows: Any, ops: Ops, cfg: Any) -> torch.Tensor:
     return ops.grouped_linear(hidden_NF, p["down"], rows.offsets_E, ("mlp", "embed"))
 
 
-def replays(routes: Sequence[torch.Tensor] | None, layers: Sequence[dict], ops: Ops) -> list[torch.Tensor | None]:
-    """For each layer the recorded choice [P, t, K] to replay: None where it has no experts, and everywhere without
-    `routes`.
-
-    `routes` has one [P, T, K] of whole positions for each layer with experts; raises ValueError if there are more or
-    fewer.
-    """
-    sparse = ["router" in p for p in layers]
-    if routes is None:
-        return [None] * len(layers)
-    if len(routes) != sum(sparse):
-        raise ValueError(f"routes: {len(routes)} recorded layers for the {sum(sparse)} of this model's {len(layers)} "
-                         "layers that have experts")
-    recorded = iter(routes)
-    return [ops.split(next(recorded)) if s else None for s in sparse]
-
-
 # ---- the end: final norm, head, losses -------------------------------------------------------------------------------
 # Each takes what the last layer returned. The final norm and the head are made whole together; a tied head is the
 # embedding, made whole a second time.
 
-def final_norm(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def final_norm(params: dict, x_PtD: torch.Tensor, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """What the head sees."""
     return ops.use(partial(_normed, cfg=cfg), params["norm"], x_PtD)
 
 
-def logits(params: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def logits(params: dict, x_PtD: torch.Tensor, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """Logits of every position, [P, t, V]."""
     return ops.use(partial(_logits, cfg=cfg, ops=ops), _end(params), x_PtD)
 
 
-def summed_loss(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: Any,
+def summed_loss(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor, cfg: ModelConfig,
                 ops: Ops) -> torch.Tensor:
     """The sum of weight * nll over the tokens here: one scalar, whose gradients are made in the forward pass."""
     return ops.use(partial(_summed_loss, cfg=cfg), _end(params), x_PtD, labels_Pt, weights_Pt)
 
 
-def token_nll(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def token_nll(params: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     """-log p(label) of every token here, [P, t]."""
     return ops.use(partial(_token_nll, cfg=cfg), _end(params), x_PtD, labels_Pt)
+
+
+class End(Protocol):
+    """One of the functions that `ends` makes."""
+    def __call__(self, params: dict, batch: Batch, cfg: ModelConfig, ops: Ops = LOCAL) -> torch.Tensor: ...
+
+
+def ends(last: Callable[..., torch.Tensor]) -> tuple[End, End, End, End]:
+    """A family's (hidden, forward, loss, token_losses) of its `last(params, batch, cfg, ops)`, [P, t, D]."""
+
+    def hidden(params: dict, batch: Batch, cfg: ModelConfig, ops: Ops = LOCAL) -> torch.Tensor:
+        """Hidden states after the final norm, [P, t, D]."""
+        return final_norm(params, last(params, batch, cfg, ops), cfg, ops)
+
+    def forward(params: dict, batch: Batch, cfg: ModelConfig, ops: Ops = LOCAL) -> torch.Tensor:
+        """Logits, [P, t, V]."""
+        return logits(params, last(params, batch, cfg, ops), cfg, ops)
+
+    def loss(params: dict, batch: Batch, cfg: ModelConfig, ops: Ops = LOCAL) -> torch.Tensor:
+        """This rank's sum of loss_mask * nll, a scalar; logits exist by chunks, and the head's gradients in forward."""
+        return summed_loss(params, last(params, batch, cfg, ops), batch.labels, batch.loss_mask, cfg, ops)
+
+    def token_losses(params: dict, batch: Batch, cfg: ModelConfig, ops: Ops = LOCAL) -> torch.Tensor:
+        """-log p(label) of every token, [P, t]; logits exist a chunk at a time, and once more in backward."""
+        return token_nll(params, last(params, batch, cfg, ops), batch.labels, cfg, ops)
+
+    return hidden, forward, loss, token_losses
 
 
 def _end(params: dict) -> dict:
     return {"norm": params["norm"], "head": params["head"] if "head" in params else params["embed"]}
 
 
-def _normed(node: dict, x_PtD: torch.Tensor, cfg: Any) -> torch.Tensor:
+def _normed(node: dict, x_PtD: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
     return norm(x_PtD, node, cfg)
 
 
-def _logits(p: dict, x_PtD: torch.Tensor, cfg: Any, ops: Ops) -> torch.Tensor:
+def _logits(p: dict, x_PtD: torch.Tensor, cfg: ModelConfig, ops: Ops) -> torch.Tensor:
     return ops.linear(norm(x_PtD, p["norm"], cfg), p["head"], ("embed", "vocab"))
 
 
 def _summed_loss(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, weights_Pt: torch.Tensor,
-                 cfg: Any) -> torch.Tensor:
-    x_ND = norm(x_PtD, p["norm"], cfg).flatten(0, 1)
-    return linear_cross_entropy(x_ND, p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())  # pyright: ignore[reportCallIssue]
+                 cfg: ModelConfig) -> torch.Tensor:
+    x_PtD = norm(x_PtD, p["norm"], cfg)
+    return linear_cross_entropy(x_PtD.flatten(0, 1), p["head"]["weight"], labels_Pt.flatten(), weights_Pt.flatten())
 
 
-def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: Any) -> torch.Tensor:
-    x_ND = norm(x_PtD, p["norm"], cfg).flatten(0, 1)
-    return -token_logprobs(x_ND, p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)  # pyright: ignore[reportCallIssue]
+def _token_nll(p: dict, x_PtD: torch.Tensor, labels_Pt: torch.Tensor, cfg: ModelConfig) -> torch.Tensor:
+    x_PtD = norm(x_PtD, p["norm"], cfg)
+    return -token_logprobs(x_PtD.flatten(0, 1), p["head"]["weight"], labels_Pt.flatten()).view(labels_Pt.shape)
 
 
 # ---- descriptions ----------------------------------------------------------------------------------------------------
 
-def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: torch.dtype, bias: bool = False,
+def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: ModelConfig, dtype: torch.dtype, bias: bool = False,
             num_experts: int = 0) -> dict:
-    """The node of a product with a [num_out, num_in] weight; `axes` = (out, in) logical names. With `num_experts`, one
-    for each, stacked in front.
+    """The node of a product with a [num_out, num_in] weight, `num_experts` of them stacked; `axes` = (out, in) names.
 
     >>> cfg = msgspec.defstruct("Config", ["initializer_range"])(0.02)
     >>> sorted(product(8, 4, ("mlp", "embed"), cfg, torch.float32, bias=True))
@@ -322,9 +362,9 @@ def product(num_out: int, num_in: int, axes: tuple[str, str], cfg: Any, dtype: t
     >>> product(8, 4, ("mlp", "embed"), cfg, torch.float32, num_experts=2)["weight"].axes
     ('expert', 'mlp', 'embed')
     """
-    (E, expert) = ((num_experts,), ("expert",)) if num_experts else ((), ())
-    weight = {"weight": Param((*E, num_out, num_in), dtype, (*expert, *axes), Normal(cfg.initializer_range))}
-    return weight | {"bias": Param((*E, num_out), dtype, (*expert, axes[0]), ZEROS)} if bias else weight
+    (stack, expert) = ((num_experts,), ("expert",)) if num_experts else ((), ())
+    weight = {"weight": Param((*stack, num_out, num_in), dtype, (*expert, *axes), Normal(cfg.initializer_range))}
+    return weight | {"bias": Param((*stack, num_out), dtype, (*expert, axes[0]), ZEROS)} if bias else weight
 
 
 def scale(size: int, axis: str, dtype: torch.dtype) -> dict:
@@ -339,8 +379,11 @@ def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, st
     their names. A row for a leaf's path gives its whole name. `{e}` in a name stays: one tensor an expert, stacked.
     Raises KeyError if the tree has a node that the table lacks.
 
-    >>> hf_names((("layers.{i}.q", "model.layers.{i}.self_attn.q_proj"),), {"layers": [{"q": {"weight": 0, "bias": 0}}]})
-    {'layers.0.q.weight': 'model.layers.0.self_attn.q_proj.weight', 'layers.0.q.bias': 'model.layers.0.self_attn.q_proj.bias'}
+    >>> table = (("layers.{i}.q", "model.layers.{i}.self_attn.q_proj"),)
+    >>> for path, name in hf_names(table, {"layers": [{"q": {"weight": 0, "bias": 0}}]}).items():
+    ...     print(path, name)
+    layers.0.q.weight model.layers.0.self_attn.q_proj.weight
+    layers.0.q.bias model.layers.0.self_attn.q_proj.bias
     """
     to_hf, names = dict(table), {}
     for path, _ in tree.flatten_with_path(specs):
@@ -354,7 +397,7 @@ def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, st
     return names
 
 
-def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
+def flops(specs: tree.Tree, cfg: ModelConfig, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
     """Forward FLOPs of documents of these lengths; forward and backward are 3 times as many.
 
     2 × (weights that multiply, head and router included, of experts the top_k that a token chooses, embedding lookup
@@ -363,15 +406,17 @@ def flops(specs: tree.Tree, cfg: Any, windows: Sequence[int | None], lengths: Se
     not counted.
     """
     end = {"head": specs["head"] if "head" in specs else specs["embed"]}
-    weights = sum(_multiplying(p, cfg) for p in tree.leaves({"layers": specs["layers"], **end}))
+    router: moe.Router | None = getattr(cfg, "router", None)
+    top_k = 0 if router is None else router.top_k
+    weights = sum(_multiplying(p, top_k) for p in tree.leaves({"layers": specs["layers"], **end}))
     pairs = sum(_pairs(length, window) for window in windows for length in lengths)
     return float(2 * weights * sum(lengths) + 4 * cfg.num_attention_heads * cfg.head_dim * pairs)
 
 
-def _multiplying(p: Param, cfg: Any) -> int:
+def _multiplying(p: Param, top_k: int) -> int:
     """How many numbers of a leaf a token is multiplied by."""
     if p.axes[0] == "expert":
-        return cfg.router.top_k * math.prod(p.shape[1:]) if len(p.shape) == 3 else 0
+        return top_k * math.prod(p.shape[1:]) if len(p.shape) == 3 else 0
     return math.prod(p.shape) if len(p.shape) == 2 else 0
 
 

@@ -3,14 +3,18 @@
 A model calls these functions and never names a rank, a group or a mesh. `LOCAL` is one process. A transform is (among
 other things) a function from `Ops` to `Ops`.
 
-Shapes: P packs, t positions here, T positions of a pack, H query heads, K key-value heads, d head dim, D hidden, E
-experts, N (token, expert) rows.
+In the field's words: "made whole" is unsharded (all-gathered); `dispatch` is permute and all-to-all, `combine` and
+`home` are the all-to-all back and unpermute; `split` is sequence sharding; `total` is an all-reduce.
+
+P packs   t positions here   T positions of a pack   S documents of a pack   H query heads   K key-value heads
+d head dim   D hidden   E experts   C experts chosen a token   N (token, expert) rows
 """
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,55 +22,150 @@ import torch.nn.functional as F
 from xtf import device, tree
 from xtf.kernels import attention, experts, product_dtype
 
+Tensor = torch.Tensor
+
+
+class Scan(Protocol):
+    def __call__(self, block: Callable, layers: Sequence, x: Any, /, *shared: Any, xs: Sequence | None = None,
+                 around: Callable | None = None) -> tuple[Any, list]:
+        """Run a block over layers, the parameters of each made whole for its call; returns (x, ys).
+
+        For each layer `x, y = block(params, x, *shared)`, and `ys` is the list of `y`. With `xs`, one entry a layer
+        (static values or tensors), it is `block(params, x, *shared, xs=xs[i])`: the block's argument has to be called
+        `xs`. `around` wraps "make whole, then block" (remat).
+
+        Raises ValueError for a block that closes over a tensor that needs gradients, TypeError where it takes no `xs`
+        or does not return a pair.
+
+        >>> def block(params, x, scale, *, xs):
+        ...     return x * params["w"] * scale + xs, x
+        >>> LOCAL.scan(block, [{"w": 2}, {"w": 3}], 1, 10, xs=[5, 7])
+        (757, [1, 25])
+        """
+        ...
+
+
+class Use(Protocol):
+    def __call__(self, fn: Callable, params: tree.Tree, /, *args: Any) -> Any:
+        """`fn(params, *args)` with the parameters made whole."""
+        ...
+
+
+class Linear(Protocol):
+    def __call__(self, x: Tensor, node: dict, axes: tuple[str, str], /) -> Tensor:
+        """The product of x [..., in] with `node["weight"]` [out, in], plus `node["bias"]` [out] if there is one;
+        `axes` = (in, out), logical names. Returns [..., out]."""
+        ...
+
+
+class GroupedLinear(Protocol):
+    def __call__(self, x: Tensor, node: dict, offsets_E: Tensor, axes: tuple[str, str], /) -> Tensor:
+        """`Linear` for rows [N, in] by expert: those from offsets[e - 1] to offsets[e] times `node["weight"][e]`."""
+        ...
+
+
+class Attend(Protocol):
+    def __call__(self, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKd: Tensor, /, *, segments: Tensor,
+                 window: int | None = None, scale: float | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Causal attention within each document, [P, T, H, d]; `segments` [P, S + 1] int32 holds cumulative document
+        lengths, padded with T. See `xtf.kernels.attention.attend`."""
+        ...
+
+
+class ExpertRows(Protocol):
+    """What experts see: rows by expert, their weights, where each expert's end, pairs that a bound left out."""
+    @property
+    def x_ND(self) -> Tensor: ...
+
+    @property
+    def weights_N(self) -> Tensor: ...
+
+    @property
+    def offsets_E(self) -> Tensor: ...
+
+    @property
+    def dropped(self) -> Tensor: ...
+
+
+class Announce(Protocol):
+    def __call__(self, experts_TC: Tensor, num_experts: int, /) -> Any:
+        """Which expert ids [T, C] (-1: nobody) each token goes to: starts the exchange of counts, waits for nothing."""
+        ...
+
+
+class Dispatch(Protocol):
+    def __call__(self, x_TD: Tensor, weights_TC: Tensor, announced: Any, /) -> Any:
+        """Start rows and weights on their way to the experts (permute, all-to-all). Returns a flight for `arrive`."""
+        ...
+
+
+class Arrive(Protocol):
+    def __call__(self, flight: Any, /) -> ExpertRows:
+        """Wait for the rows, and lay them out by expert."""
+        ...
+
+
+class Combine(Protocol):
+    def __call__(self, y_ND: Tensor, rows: Any, /) -> Any:
+        """Start the experts' outputs on their way home (all-to-all back). Returns a flight for `home`."""
+        ...
+
+
+class Home(Protocol):
+    def __call__(self, flight: Any, /) -> Tensor:
+        """Wait, and sum each token's rows (unpermute), [T, D]."""
+        ...
+
+
+class Split(Protocol):
+    def __call__(self, x: Tensor, dim: int = 1, /) -> Tensor:
+        """This rank's positions of `x`, whole along `dim`, where the sequence is divided."""
+        ...
+
+
+class Name(Protocol):
+    def __call__(self, fn: Callable, label: str, /) -> Callable:
+        """`fn`, as a named call that remat and offload refer to."""
+        ...
+
+
+class Matrices(Protocol):
+    def __call__(self, fn: Callable[[Tensor], Tensor], leaves: list[Tensor], /) -> list[Tensor]:
+        """`fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store it; the results
+        in the leaves' placement. For optimizers that need a matrix as a whole (`xtf.parallel.matrices`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Ops:
-    """What a model and an optimizer may ask for; every field is a pure function (`donate` apart).
+    """What a model and an optimizer may ask for; each field is a pure function (`donate` apart), described by its type.
 
-    scan(block, layers, x, *shared, xs=None, around=None) -> (x, ys): for each layer
-        `x, y = block(params, x, *shared)`, or `block(params, x, *shared, xs=xs[i])` where `xs` (one entry a layer,
-        static values or tensors) is given; `ys` is the list of `y`. Parameters are made whole for the call. `around`
-        wraps "make whole, then block" (remat).
-    use(fn, params, *args): `fn(params, *args)` with the parameters made whole.
-    linear(x_D, node, axes): product with `node["weight"]` [out, in], plus `node["bias"]` if there; `axes` = (in, out)
-        logical names.
-    grouped_linear(x_ND, node, offsets_E, axes): rows up to offsets[e] times `node["weight"][e]`.
-    attend(q_PTHd, k_PTKd, v_PTKd, *, segments, window=None, scale=None, sinks=None, cache=None) -> o_PTHd: causal
-        attention within each document; `segments` [P, S + 1] int32 holds cumulative document lengths, padded with T.
-    plan, dispatch, arrive, combine, home: tokens to their experts and back (`xtf.kernels.experts`).
-    split(x_PT..., dim=1): this rank's positions, where the sequence is divided.
-    name(fn, label): a named call, that remat and offload refer to.
     total(x): the sum over all ranks that hold other tokens; its adjoint is the same sum.
     same_packs(x): the sum over ranks that hold other positions of the same packs, without gradient.
     norm(tree): the 2-norm over all stored elements, each counted once.
-    matrices(fn, leaves): `fn(x_Nab)` of all matrices of leaves [..., a, b], each done by one of the ranks that store
-        it; the results in the leaves' placement (`xtf.parallel.matrices`). For optimizers that need a matrix as a
-        whole.
-    whole(leaf): the whole leaf as a plain tensor. collect(grads, leaves): finish a backward pass (`value_and_grad`
-        alone calls it).
+    collect(grads, leaves): finish a backward pass (`value_and_grad` alone calls it).
     sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it;
         nothing waits for it.
     donate: whether the optimizer may overwrite the old state.
     """
-    scan: Callable[..., tuple[Any, list]]
-    use: Callable[..., Any]
-    linear: Callable[..., torch.Tensor]
-    grouped_linear: Callable[..., torch.Tensor]
-    attend: Callable[..., torch.Tensor]
-    plan: Callable[..., Any]
-    dispatch: Callable[..., Any]
-    arrive: Callable[..., Any]
-    combine: Callable[..., Any]
-    home: Callable[..., torch.Tensor]
-    split: Callable[..., torch.Tensor]
-    name: Callable[[Callable, str], Callable]
-    total: Callable[[torch.Tensor], torch.Tensor]
-    same_packs: Callable[[torch.Tensor], torch.Tensor]
-    norm: Callable[[tree.Tree], torch.Tensor]
-    matrices: Callable[[Callable, list], list]
-    whole: Callable[[torch.Tensor], torch.Tensor]
+    scan: Scan
+    use: Use
+    linear: Linear
+    grouped_linear: GroupedLinear
+    attend: Attend
+    announce: Announce
+    dispatch: Dispatch
+    arrive: Arrive
+    combine: Combine
+    home: Home
+    split: Split
+    name: Name
+    total: Callable[[Tensor], Tensor]
+    same_packs: Callable[[Tensor], Tensor]
+    norm: Callable[[tree.Tree], Tensor]
+    matrices: Matrices
     collect: Callable[[list, list], list]
-    sound: Callable[[torch.Tensor | None], torch.Tensor | None]
+    sound: Callable[[Tensor | None], Tensor | None]
     donate: bool = False
 
 
@@ -79,12 +178,13 @@ def linear(x: torch.Tensor, node: dict, axes: tuple[str, str]) -> torch.Tensor:
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def scan_with(whole: Callable[[tree.Tree], tree.Tree], block: Callable, layers: Sequence, x: Any, *shared: Any,
+def scan_with(whole: Callable[[tree.Tree], tree.Tree], block: Callable, layers: Sequence, x: Any, /, *shared: Any,
               xs: Sequence | None = None, around: Callable | None = None) -> tuple[Any, list]:
     """The plain scan: `whole(params)` inside `around`, layer after layer."""
-    refuse_closures(block)
+    check_block(block, xs)
     ys = []
     for i, params in enumerate(layers):
+        # made whole inside the call: remat calls it once more in backward
         def call(x, *shared, params=params, extra=() if xs is None else (xs[i],)):
             return run_block(block, whole(params), x, *shared, extra=extra)
         x, y = (call if around is None else around(call))(x, *shared)
@@ -101,11 +201,20 @@ def run_block(block: Callable, params: tree.Tree, x: Any, *shared: Any, extra: t
     return out
 
 
-def refuse_closures(fn: Callable) -> None:
-    """Raise if `fn` closes over a tensor that needs gradients: under fsdp and remat its gradient would be lost.
+def check_block(block: Callable, xs: Sequence | None) -> None:
+    """Raise if a block cannot be given to `scan`: TypeError where it takes no `xs` though there are some, ValueError
+    where it closes over a tensor that needs gradients (under fsdp and remat its gradient would be lost).
 
     Looks through `functools.partial` and one level of containers.
+
+    >>> check_block(lambda params, x: (x, None), xs=[1])
+    Traceback (most recent call last):
+    TypeError: scan: <lambda> takes no argument called `xs`, in which scan hands each layer its entry of xs=
     """
+    if xs is not None and not _takes_xs(block):
+        raise TypeError(f"scan: {_label(block)} takes no argument called `xs`, in which scan hands each layer its "
+                        "entry of xs=")
+    fn = block
     while isinstance(fn, partial):
         for name, value in [*((f"argument {i}", a) for i, a in enumerate(fn.args)), *fn.keywords.items()]:
             _refuse(fn.func, name, value)
@@ -117,6 +226,14 @@ def refuse_closures(fn: Callable) -> None:
             except ValueError:                                                 # a name not bound yet
                 continue
             _refuse(fn, name, value)
+
+
+def _takes_xs(block: Callable) -> bool:
+    try:
+        known = inspect.signature(block).parameters.values()
+    except (TypeError, ValueError):  # made in C, say: the call itself will tell
+        return True
+    return any(p.name == "xs" or p.kind is p.VAR_KEYWORD for p in known)
 
 
 def _refuse(fn: Callable, name: str, value: Any) -> None:
@@ -191,14 +308,14 @@ LOCAL = Ops(
     linear=linear,
     grouped_linear=experts.grouped_linear,
     attend=attention.attend,
-    plan=experts.plan, dispatch=experts.dispatch, arrive=experts.arrive, combine=experts.combine, home=experts.home,
+    announce=experts.announce, dispatch=experts.dispatch, arrive=experts.arrive, combine=experts.combine,
+    home=experts.home,
     split=_same,
     name=_same,
     total=_same,
     same_packs=lambda x: x.detach(),
     norm=local_norm,
     matrices=local_matrices,
-    whole=_same,
     collect=lambda grads, leaves: grads,
     sound=_same,
 )

@@ -16,8 +16,8 @@ from xtf.testing.parity import as_layout
 BOUND = {"fp32": 1e-5, "fp64": 1e-5, "bf16": 5e-2}  # transformers keeps float32 inside, so fp64 proves no more
 
 
-def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tuple[list[torch.Tensor],
-                                                                                  dict[str, torch.Tensor]]:
+def reference(path: str, sequences: list[list[int]],
+              dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The same by transformers: each sequence alone, sdpa attention (eager where a model has none). Gradients by their
     names in the files, tied ones once. Quantised directories are dequantised, for which transformers wants the
     accelerate package."""
@@ -28,10 +28,9 @@ def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tupl
     if family == "kimi_k2":  # the same model with other defaults; its own code is remote
         family, settings = "deepseek_v3", KIMI_K2 | settings
     config = AutoConfig.for_model(family, **settings)
-    attention = "eager" if family == "gpt_oss" else "sdpa"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=attention,
-                                                      **({"experts_implementation": "eager"} if dtype == torch.float64
-                                                         else {}))
+    how = {"attn_implementation": "eager" if family == "gpt_oss" else "sdpa"}
+    how |= {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **how)
     model._weight_conversions = None  # those of the family alone: gradients are not quantised again
     logits, loss = [], torch.zeros((), dtype=dtype)
     for s in sequences:
@@ -43,8 +42,8 @@ def reference(path: str, sequences: list[list[int]], dtype: torch.dtype) -> tupl
             wide = out[:-1].to(torch.promote_types(dtype, torch.float32))
             loss = loss + torch.nn.functional.cross_entropy(wide, torch.tensor(s[1:]), reduction="sum")
     loss.backward()
-    return logits, revert_weight_conversion(model, {name: p.grad for name, p in model.named_parameters()
-                                                    if p.grad is not None})
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return logits, revert_weight_conversion(model, grads)
 
 
 def deviation(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -1,5 +1,4 @@
-"""Adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors, which `peft` and
-inference engines read.
+"""Adapters in PEFT's format, adapter_config.json and adapter_model.safetensors: `peft` and inference engines read it.
 
 A product's adapters are `base_model.model.<module>.lora_A.weight` [rank, in] and `lora_B` [out, rank], each expert a
 module of its own. Where a model's files have one parameter for all experts (GPT-OSS), and in what PEFT itself writes
@@ -19,9 +18,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from xtf import hf, tree
 from xtf.hf import safetensors as files
+from xtf.hf.directory import mesh_of
 from xtf.hf.safetensors import Shape
 from xtf.layout import Place
-from xtf.run import process
+from xtf.parallel._mesh import peers
 from xtf.spec import init
 from xtf.transforms._lora import A, B, Lora, adapters, base, join, lora
 
@@ -35,10 +35,8 @@ HONOURED = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "ta
 # Of training, of bookkeeping, or said again by the tensors' names. Any other field must be empty or false.
 WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision",
-    "runtime_config", "task_type"}
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
 # others change the base
 NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
 OWN_MODULES = {"kimi_k2"}  # whose code, not transformers', has a module for each expert
@@ -56,15 +54,14 @@ def start(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: 
 
 
 def read(path: str | Path, names: Mapping[str, str], base_dtype: torch.dtype | None = None) -> Lora:
-    """The transform that an adapter needs: its rank, its alpha, and as targets just the products that it has adapters
-    for.
+    """The transform that an adapter needs: its rank, its alpha, and as targets just the products that it has.
 
     Raises FileNotFoundError or ValueError, naming file and field, where the folder is not sound or holds what is not
     plain LoRA.
     """
     config, found = _config(path), files.header(Path(path) / FILE)
-    targets = [leaf.removesuffix(".weight") for leaf in names if leaf.endswith(".weight")
-               and _source(config, found, names[leaf])]
+    targets = [leaf.removesuffix(".weight") for leaf in names
+               if leaf.endswith(".weight") and _source(config, found, names[leaf])]
     if not targets:
         raise ValueError(f"{Path(path) / FILE}: no adapter is of a product of this model; is it an adapter of another?")
     return lora(config["r"], config["lora_alpha"], targets, base_dtype)
@@ -116,8 +113,9 @@ def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], adapter: 
 
 
 def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], adapter: Lora, model: str | Path = "") -> None:
-    """Write the adapters among `params` as a folder that `peft.PeftModel.from_pretrained(model, path)` reads; all ranks
-    write together.
+    """Write the adapters among `params` as a folder that `peft.PeftModel.from_pretrained(model, path)` reads.
+
+    All ranks write together.
 
     `model` is the directory or hub id of the base, which the config names. The folder appears, or replaces what was
     there, when it is complete. Leaves keep their dtype. (peft reads experts' `gate` only together with `up`, since
@@ -137,17 +135,17 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], adapter:
         node, _, which = leaf.rpartition(".")
         stem, stacked = _stem(weights[node], list(weights.values()))
         wanted[leaf], values[leaf] = f"{PREFIX}{stem}.{ENDS[which]}", _stacked(which, x) if stacked else x
-    work = files.partial(path)
-    process.on_main(lambda: files.begin(path).rmdir())                   # refuses a folder that is something else
+    work, together = files.partial(path), peers(mesh_of(values.values()))
+    together.tell("peft.save: begin", lambda: files.begin(path).rmdir())  # refuses a folder that is something else
     with tempfile.TemporaryDirectory() as like:
         config = _config_of(list(weights.values()), list(names.values()), adapter, str(model))
         Path(like, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        hf.save(work, values, wanted, like=like, max_shard_bytes=1 << 62)
+        hf.save(work, values, wanted, like=like, max_shard_bytes=1 << 62, peers=together)
 
     def finish() -> None:
         (work / files.SINGLE).rename(work / FILE)
         files.finish(path)
-    process.on_main(finish)
+    together.tell("peft.save: finish", finish)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -162,16 +160,16 @@ def _stem(name: str, adapted: Sequence[str]) -> tuple[str, bool]:
 
 
 def _stacked(which: str, x: torch.Tensor) -> torch.Tensor:
-    """All experts' A [E, rank, in] as [E × rank, in], B [E, out, rank] as [out, rank × E]; of a DTensor each rank keeps
-    its rows."""
+    """All experts' A [E, rank, in] as [E × rank, in], B [E, out, rank] as [out, rank × E]; of a DTensor this rank's."""
     whole = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
     flat = whole.flatten(0, 1) if which == A else whole.permute(1, 2, 0).flatten(1)
     return Place(x.device_mesh, (Shard(0),) * x.device_mesh.ndim).put(flat) if isinstance(x, DTensor) else flat
 
 
 def _config_of(adapted: Collection[str], everything: Collection[str], adapter: Lora, model: str) -> dict[str, Any]:
-    """adapter_config.json. Modules go by their last name (parameters by two) where all of that name have adapters, else
-    by their full ones.
+    """adapter_config.json. Modules go by their last name (parameters by two) where all of that name have adapters.
+
+    Else they go by their full ones.
 
     Under transformers 5 peft takes `gate_proj`, `up_proj` and `down_proj`, in whatever module, for the experts'
     parameters if the model has experts, so others of these names (shared experts', dense layers') are listed as
@@ -214,8 +212,8 @@ def _config(path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{file}: not the config of a LoRA adapter ({type(e).__name__}: {e})") from None
     for key, value in config.items():
-        if (key in NEUTRAL and value not in NEUTRAL[key]) or (value
-                                                              and key not in {*NEUTRAL, *HONOURED, *WITHOUT_EFFECT}):
+        known = key in {*NEUTRAL, *HONOURED, *WITHOUT_EFFECT}
+        if (key in NEUTRAL and value not in NEUTRAL[key]) or (value and not known):
             raise ValueError(f"{file}: {key} = {value!r} is not supported; merge that adapter with peft, and load the "
                              "merged model")
     if not same or (config.get("use_rslora") and (ranks or alphas)):
@@ -226,8 +224,7 @@ def _config(path: str | Path) -> dict[str, Any]:
 
 
 class Source(NamedTuple):
-    """Where a file has one product's adapters: before `.lora_A`, and, if its experts are stacked, which half of the
-    rows of B it is."""
+    """Where a file has one product's adapters: before `.lora_A`, and which half of B's rows, if they are stacked."""
     stem: str
     stacked: bool = False
     half: int | None = None
@@ -250,8 +247,7 @@ def _source(config: Mapping[str, Any], found: Mapping[str, Any], name: str) -> S
 
 def _read(found: Mapping[str, files.Entry], source: Source | None, which: str, shape: Shape, offset: Shape, size: Shape,
           used: set[str]) -> torch.Tensor:
-    """The box [offset, offset + size) of a leaf of `shape`; `used` gains the names of the tensors that the leaf is made
-    of."""
+    """The box [offset, offset + size) of a leaf of `shape`; `used` gains the names of the leaf's tensors."""
     if source is None:
         raise ValueError("the file has no adapter for it")
     name = f"{PREFIX}{source.stem}.{ENDS[which]}"
@@ -283,8 +279,7 @@ def _read(found: Mapping[str, files.Entry], source: Source | None, which: str, s
 
 
 def _half(name: str, which: str, whole: torch.Tensor, half: int, rank: int) -> torch.Tensor:
-    """gate's (0) or up's (1) part of what is fused: trained as one, so that both have the same A, or made of two, each
-    with its own `rank`."""
+    """gate's (0) or up's (1) part of what is fused: trained as one, both with one A, or of two with a `rank` each."""
     mine = slice(half * rank, (half + 1) * rank)
     if which == A:
         return whole[:, mine] if whole.shape[1] == 2 * rank else whole

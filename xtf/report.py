@@ -1,5 +1,4 @@
-"""A run as one picture and one page: the command `python -m xtf.report OUT [OUT ...] [--to DIR]` (the code is in
-`xtf.run.report`)."""
+"""A run as one picture and one page: `python -m xtf.report OUT [OUT ...] [--to DIR]`; see `xtf.run.report`."""
 import sys
 
 from xtf.run.report import draw, main, page, read, write

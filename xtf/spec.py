@@ -99,8 +99,7 @@ def _placed(path: str, p: Param, place: Place, seed: int) -> torch.Tensor:
 
 
 def draw(path: str, p: Param, seed: int, offset: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-    """The box `[offset, offset + size)` of leaf `path`, drawn on the CPU in blocks of whole rows, each from its own
-    counter.
+    """The box `[offset, offset + size)` of leaf `path`, drawn on the CPU in blocks of rows, each with its own counter.
 
     A block's generator is seeded by (seed, path, first row), so that a rank with rows 1000 to 1999 of a 22 GB leaf
     draws a little more than those, and gets what one process would have drawn there.

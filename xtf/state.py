@@ -11,7 +11,8 @@ from xtf import tree
 class TrainState:
     """Step count, parameters, optimizer state, whatever else the step updates, and the random key.
 
-    `step` is an int64 scalar tensor; `extra` holds what the step itself updates beside the parameters.
+    `step` is an int64 scalar tensor; `extra` holds what the step itself updates beside the parameters; `key`, an int64
+    scalar, is for steps that draw at random. No step of today's recipes does; those of reinforcement learning will.
 
     >>> state = TrainState.create({"w": torch.ones(2, requires_grad=True)}, opt=())
     >>> int(state.step)

@@ -94,8 +94,8 @@ def map_with_path(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
     {'a': {'b': 'a.b=1'}}
     """
-    return _build(tree,
-                  iter([fn(path, *xs) for (path, _), xs in zip(_walk("", tree), zip_leaves(tree, *rest), strict=True)]))
+    leaves = zip(_walk("", tree), zip_leaves(tree, *rest), strict=True)
+    return _build(tree, iter([fn(path, *xs) for (path, _), xs in leaves]))
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

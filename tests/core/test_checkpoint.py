@@ -159,9 +159,8 @@ def test_damage_names_the_leaf_or_the_file(saved):
     for after in (before[:1000] + bytes([before[1000] ^ 4]) + before[1001:], before[:len(before) // 2], None):
         try:
             big.unlink() if after is None else big.write_bytes(after)
-            with Checkpoints(saved) as checkpoints, pytest.raises(OSError,
-                                                                  match=r"7/state: the values of params\.layers\.0\.w "
-                                                                        r"are damaged or gone"):
+            told = pytest.raises(OSError, match=r"7/state: the values of params\.layers\.0\.w are damaged or gone")
+            with Checkpoints(saved) as checkpoints, told:
                 checkpoints.restore(blank(state_of(1)))
         finally:
             big.write_bytes(before)
@@ -169,8 +168,8 @@ def test_damage_names_the_leaf_or_the_file(saved):
     before = cursor.read_bytes()
     try:
         cursor.write_bytes(before.replace(b"0.1", b"0.2"))
-        with Checkpoints(saved) as checkpoints, pytest.raises(OSError,
-                                                              match=r"7/data/metadata: damaged or gone.*checksum"):
+        told = pytest.raises(OSError, match=r"7/data/metadata: damaged or gone.*checksum")
+        with Checkpoints(saved) as checkpoints, told:
             checkpoints.restore(blank(state_of(1)))
     finally:
         cursor.write_bytes(before)
@@ -327,9 +326,11 @@ def child(work):
 
 def train(moment):
     seen = 0
-    def count(event, args):                                              # every file that Python opens, makes, renames or removes
+    # every file that Python opens, makes, renames or removes
+    def count(event, args):
         nonlocal seen
-        if event in ("os.remove", "os.rmdir") or (event in ("open", "os.mkdir", "os.rename") and folder in str(args[0])):
+        if event in ("os.remove", "os.rmdir") or (event in ("open", "os.mkdir", "os.rename")
+                                                  and folder in str(args[0])):
             seen += 1
             if seen == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -343,7 +344,8 @@ def check():
     with Checkpoints(folder) as checkpoints:
         for step in checkpoints.steps():
             got, data = checkpoints.restore(state(0), step)
-            assert data == {{"step": step}} and all(torch.equal(a, b) for a, b in tree.zip_leaves(got, state(step))), step
+            assert data == {{"step": step}}, step
+            assert all(torch.equal(a, b) for a, b in tree.zip_leaves(got, state(step))), step
         left = [n for n in os.listdir(folder) if not n.isdigit() and n != ".lock"]
         assert not left, left
 

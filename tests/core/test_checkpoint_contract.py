@@ -51,15 +51,17 @@ def test_jax_reads_ours(saved):
         import orbax.checkpoint as ocp
         with ocp.CheckpointManager(sys.argv[1], item_names=("state", "data")) as manager:
             assert manager.all_steps() == [4] and manager.latest_step() == 4
-            got = manager.restore(4, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(), data=ocp.args.JsonRestore()))
+            items = {"state": ocp.args.PyTreeRestore(), "data": ocp.args.JsonRestore()}
+            got = manager.restore(4, args=ocp.args.Composite(**items))
         assert json.loads(got.data["json"]) == {"cursor": [1, 2]}
         state = got.state
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         on_jax = ocp.PyTreeCheckpointer().restore(sys.argv[1] + "/4/state", restore_args=jax.tree.map(
-            lambda x: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])), state))
+            lambda x: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=one), state))
         for tree in (state, jax.tree.map(lambda x: x.__array__(), on_jax)):
             w, v, step = tree["params"]["layers"][0]["w"], tree["params"]["layers"][1]["w"], tree["opt"][0]
-            print(w.dtype, w.tolist(), v.dtype, v.astype("float32").tolist(), int(step), tree["flags"].tolist(), tree["codes"].dtype,
-                  tree["codes"].tolist(), tree["params"]["none"], tree["opt"][1])""", saved)
+            print(w.dtype, w.tolist(), v.dtype, v.astype("float32").tolist(), int(step), tree["flags"].tolist(),
+                  tree["codes"].dtype, tree["codes"].tolist(), tree["params"]["none"], tree["opt"][1])""", saved)
     first, second = out.splitlines()
     assert first == second == ("float32 [[0.0, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0], [8.0, 9.0, 10.0, 11.0]] bfloat16 "
                                "[1.5, -0.0] 3 [True, False] int8 [-3, -2, -1, 0, 1, 2] None []")
@@ -69,8 +71,8 @@ def test_tensorstore_alone_reads_ours(saved):
     out = without_torch("""
         sys.modules["jax"] = sys.modules["orbax"] = None
         import tensorstore as ts
-        w = ts.open({"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": f"file://{sys.argv[1]}/4/state/", "path": "params.layers.0.w"}},
-                    open=True, read=True).result()
+        files = {"driver": "ocdbt", "base": f"file://{sys.argv[1]}/4/state/", "path": "params.layers.0.w"}
+        w = ts.open({"driver": "zarr3", "kvstore": files}, open=True, read=True).result()
         print(w.shape, w.read().result().sum())""", saved)
     assert out == "(3, 4) 66.0\n"
 
@@ -103,10 +105,9 @@ class Spy:
 
         async def write(where):
             self.calls.append((where, sorted(p.name for p in folder.iterdir())))
-        self.manager = ocp.CheckpointManager(folder, item_handlers={"state": orbax.handler(write),
-                                                                    "data": ocp.JsonCheckpointHandler()},
-                                             options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False,
-                                                                                  **options))
+        self.manager = ocp.CheckpointManager(
+            folder, item_handlers={"state": orbax.handler(write), "data": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options))
 
     def save(self, step):
         leaf = tensorstore.Leaf
@@ -120,8 +121,8 @@ def test_the_writer_is_called_once_in_a_temporary_folder_that_is_there(tmp_path)
     spy.save(3)
     (where, names), = spy.calls
     assert where.is_relative_to(tmp_path / f"3{TMP}") and where.name.startswith("state") and names == [f"3{TMP}"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"] and json.loads((tmp_path / "3" / "data"
-                                                                               / "metadata").read_text()) == {"x": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
+    assert json.loads((tmp_path / "3" / "data" / "metadata").read_text()) == {"x": 1}
 
 
 def test_an_error_of_the_writer_arrives_as_it_is_and_nothing_gets_a_name(tmp_path):
@@ -178,7 +179,8 @@ def test_names_and_signatures():
     infos = [type("Info", (), {"step": i, "metrics": m})()
              for i, m in ((1, {"x": 3.0}), (2, {"x": 1.0}), (3, None), (4, {"x": 2.0}))]
     keep = lambda policy: policy.should_preserve(infos, context=None)
-    assert keep(policies.LatestN(1)) == [False, False, False, True] and keep(policies.EveryNSteps(2)) == [False, True, False, True]
+    assert keep(policies.LatestN(1)) == [False, False, False, True]
+    assert keep(policies.EveryNSteps(2)) == [False, True, False, True]
     best = policies.BestN(get_metric_fn=lambda m: m["x"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
     assert keep(best) == [False, True, False, False]
     assert keep(policies.AnyPreservationPolicy([policies.LatestN(1), best])) == [False, True, False, True]

@@ -157,7 +157,8 @@ def test_donation_poisons_the_old_state_and_changes_nothing_else():
         b, lb = donated(b, batch())
     assert torch.equal(la["loss"], lb["loss"]) and b.params["embed"]["weight"].data_ptr() == memory
     tree.tree_map(lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0), a.params, b.params)
-    for touch in (lambda: old.params["embed"], lambda: int(old.step), lambda: donated(old, batch()), lambda: tree.tree_map(torch.clone, old)):
+    for touch in (lambda: old.params["embed"], lambda: int(old.step), lambda: donated(old, batch()),
+                  lambda: tree.tree_map(torch.clone, old)):
         with pytest.raises(RuntimeError,
                            match=r"TrainState\.\w+ was donated to a step and overwritten; use the state that the step "
                                  r"returned"):

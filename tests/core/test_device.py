@@ -66,7 +66,8 @@ def test_process_group_from_torchrun_variables():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    script = "from xtf import device; import torch.distributed as d; print(*device.init_process_group(), d.get_backend()); d.destroy_process_group()"
+    script = ("from xtf import device; import torch.distributed as d; "
+              "print(*device.init_process_group(), d.get_backend()); d.destroy_process_group()")
     env = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
            "MASTER_PORT": str(port)}
     assert run(script, **env).split() == ["0", "1", device.backend()]

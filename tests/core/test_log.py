@@ -135,8 +135,8 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint(flags):
         assert [row["step"] for row in rows(flags)] == [0, 1, 2, 3, 3]
         for i in range(3, 6):
             log.step(i + 1, metrics(10.0 + i), [4])
-    assert [(row["step"], row["loss"]) for row in rows(flags) if "loss" in row] == [(1, 0.0), (2, 1.0), (3, 2.0),
-                                                                                    (4, 13.0), (5, 14.0), (6, 15.0)]
+    losses = [(row["step"], row["loss"]) for row in rows(flags) if "loss" in row]
+    assert losses == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]
     assert log.curves["loss"] == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0),
                                   (6, 15.0)] and log.curves["eval_loss"] == [(0, 9.0), (3, 8.0)]
     assert events(flags, "loss") == [(1, 0.0), (2, 1.0), (3, 2.0), (4, 13.0), (5, 14.0), (6, 15.0)]

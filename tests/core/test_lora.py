@@ -42,11 +42,10 @@ def adapted(t, model=models.qwen3, cfg=DENSE, dtype=torch.float32):
 def test_products_gain_adapters_and_all_else_is_frozen():
     specs = lora(3).specs(models.qwen3_moe.specs(SPARSE))
     layer = specs["layers"][1]
-    assert [(p.shape, p.axes) for p in (layer["k"][A], layer["k"][B])] == [((3, 16), ("rank", "embed")),
-                                                                           ((8, 3), ("kv_heads", "rank"))]
+    described = lambda node: [(p.shape, p.axes) for p in (node[A], node[B])]
+    assert described(layer["k"]) == [((3, 16), ("rank", "embed")), ((8, 3), ("kv_heads", "rank"))]
     down = layer["experts"]["down"]
-    assert [(p.shape, p.axes) for p in (down[A], down[B])] == [((4, 3, 6), ("expert", "rank", "mlp")),
-                                                               ((4, 16, 3), ("expert", "embed", "rank"))]
+    assert described(down) == [((4, 3, 6), ("expert", "rank", "mlp")), ((4, 16, 3), ("expert", "embed", "rank"))]
     trainable = {path for path, p in tree.flatten_with_path(specs) if p.trainable}
     assert trainable == {path for path, _ in tree.flatten_with_path(specs) if path.endswith((A, B))}
     assert not any(path.startswith(("embed", "head", "norm")) or ".router." in path for path in trainable)

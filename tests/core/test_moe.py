@@ -116,14 +116,14 @@ def test_choice_within_groups_by_hand():
     """Two of four groups by the sum of each group's best two; the bias steers the choice and not the weight."""
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.5, 0.8, 0.0, 0.3, 0.3]])
     router = moe.Router(8, 2, "sigmoid", groups=4, top_groups=2)
-    assert sorted(moe.choose(scores, None, router)[0].tolist()) == [0, 2] or sorted(moe.choose(scores, None, router)[0].tolist()) == [0, 3]
+    assert sorted(moe.choose(scores, None, router)[0].tolist()) in ([0, 2], [0, 3])
     chosen = moe.choose(scores, torch.tensor([0, 0, 0, 0, 0, 0.9, 0, 0.0]), router)
     assert sorted(chosen[0].tolist()) == [4, 5]  # 0.8 + 0.9 beats 1.0, and 0.9 beats 0.9's group mates
     assert moe.weigh(scores.logit(), scores, chosen, router).sort().values[0].tolist() == pytest.approx([0.0, 0.8])
 
 
 def test_remat_keeps_the_choice():
-    """The choice and the plan are made once a layer and step; recomputation takes the same, even from a router that
+    """The choice and its announcement are made once a layer and step; recomputation takes the same, of a router that
     would choose otherwise."""
     name = "qwen3_moe"
     module, cfg, specs, _ = M.family(name)
@@ -134,10 +134,10 @@ def test_remat_keeps_the_choice():
 
     def counted():
         def wrap(ops, env):
-            def plan(experts_TK, E):
+            def announce(experts_TK, E):
                 plans.append(experts_TK)
-                return ops.plan((experts_TK + len(plans)) % E, E)                            # another choice each time
-            return replace(ops, plan=plan)
+                return ops.announce((experts_TK + len(plans)) % E, E)                   # another choice each time
+            return replace(ops, announce=announce)
         return xtf.Transform("counted", 27, wrap)
 
     def grads(*transforms):

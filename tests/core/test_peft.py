@@ -158,8 +158,8 @@ def test_models_whose_own_code_has_a_module_for_each_expert(tmp_path):
     config = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
     assert "target_parameters" not in config and {"gate_proj", "up_proj", "down_proj", "o_proj",
                                                   "kv_b_proj"} < set(config["target_modules"])
-    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight" in load_file(tmp_path / "adapter"
-                                                                                              / peft.FILE)
+    found = load_file(tmp_path / "adapter" / peft.FILE)
+    assert "base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_A.weight" in found
 
 
 def test_starting_is_loading_and_drawing(folders):

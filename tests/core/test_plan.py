@@ -217,11 +217,12 @@ def test_one_json_object_and_a_table(directory, capsys):
     plan.main([*argv, "--json"])
     one = json.loads(capsys.readouterr().out)
     assert one["fits"] and one["mesh"] == {"dp": 4, "ep": 4} and sum(one["memory"].values()) == one["peak"]
-    assert {(m["kind"], *m["axes"]) for m in one["messages"]} >= {("all_to_all", "ep"), ("all_gather", "dp"),
-                                                                  ("all_gather", "dp", "ep")}
+    messages = {(m["kind"], *m["axes"]) for m in one["messages"]}
+    assert messages >= {("all_to_all", "ep"), ("all_gather", "dp"), ("all_gather", "dp", "ep")}
     plan.main(argv)
     text = capsys.readouterr().out
-    assert f"{one['peak'] / 1e9:.3f}   fits into 73.6 GB" in text and f"{one['tokens_per_second_per_device']:,.0f} tokens/s a device" in text
+    assert f"{one['peak'] / 1e9:.3f}   fits into 73.6 GB" in text
+    assert f"{one['tokens_per_second_per_device']:,.0f} tokens/s a device" in text
 
 
 def test_search_ranks_what_fits(directory, capsys, monkeypatch):

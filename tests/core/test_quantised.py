@@ -52,7 +52,9 @@ def drawn_fp8(shape, block, g, scale_dtype=torch.float32):
     q = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
     q[(q & 127) == 127] = 1
     scales = torch.rand(quantised.grid(shape, block), generator=g) * 1e-2 + 1e-4
-    return q.view(FP8), torch.exp2(scales.log2().round()).to(scale_dtype) if scale_dtype == torch.float8_e8m0fnu else scales.to(scale_dtype)
+    if scale_dtype == torch.float8_e8m0fnu:
+        scales = torch.exp2(scales.log2().round())
+    return q.view(FP8), scales.to(scale_dtype)
 
 
 def boxes_of(draw, shape):
@@ -199,8 +201,8 @@ def test_only_blocks_that_changed_get_new_scales(tmp_path, more):
     old = {n: x for f in path.glob("*.safetensors") for n, x in load_file(f).items()}
     scale, name = "_scale_inv", UP.format(e=2)
     assert (found[name + scale] != old[name + scale]).nonzero().tolist() == [[0, 0]]
-    assert torch.equal(bits(found[name])[:, 8:], bits(old[name])[:, 8:]) and torch.equal(bits(found[name])[4:],
-                                                                                         bits(old[name])[4:])
+    assert torch.equal(bits(found[name])[:, 8:], bits(old[name])[:, 8:])
+    assert torch.equal(bits(found[name])[4:], bits(old[name])[4:])
     for name, x in ((UP.format(e=2), params["up"][2]), (NAMES["q"], params["q"])):
         s = found[name + scale].double().repeat_interleave(4, 0)[:len(x)].repeat_interleave(8, 1)[:, :x.shape[1]]
         error = (found[name].double() * s - x.double()).abs()
@@ -273,8 +275,8 @@ def test_a_gpt_oss_directory_of_mxfp4_is_what_transformers_loads(tmp_path):
         E, inside, out = tensors.pop(name).shape
         tensors[name + "_blocks"] = torch.randint(0, 256, (E, out, inside // 32, 16), dtype=torch.uint8)
         tensors[name + "_scales"] = torch.randint(110, 126, (E, out, inside // 32), dtype=torch.uint8)
-    settings = json.loads((tmp_path / "bf16" / "config.json").read_text()) | {"quantization_config":
-                                                                              {"quant_method": "mxfp4"}}
+    settings = json.loads((tmp_path / "bf16" / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
     path = write(tmp_path / "in", settings, tensors)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
     named = lambda n: hf.Transposed(n) if n.endswith(("experts.gate_up_proj", "experts.down_proj")) else n
@@ -297,8 +299,7 @@ def test_a_gpt_oss_directory_of_mxfp4_is_what_transformers_loads(tmp_path):
 
 def test_ignored_tensors_are_written_in_the_same_way(tmp_path):
     path = deepseek(tmp_path / "in")
-    few, names = {k: v for k, v in specs(torch.bfloat16).items() if k != "q"}, {k: v for k, v in NAMES.items()
-                                                                                if k != "q"}
+    few, names = ({k: v for k, v in x.items() if k != "q"} for x in (specs(torch.bfloat16), NAMES))
     params = hf.load(path, few, names, ignore=["q_proj.weight"])
     hf.save(tmp_path / "fp8", params, names, like=path, quantise="fp8", ignore=["q_proj.weight"])
     assert raw(tmp_path / "fp8") == raw(path)

@@ -8,7 +8,8 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 # How Llama 3, Qwen, DeepSeek and GPT-OSS (much alike) cut text before merging: line feeds end a piece, so the "\n\n" of
 # a prompt stays whole.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 class Said(NamedTuple):
@@ -36,9 +37,9 @@ def tokenizer_for(family: Family, make_tokenizer, trim_offsets: bool = False):
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in family.tags])
     tokenizer.bos_token, tokenizer.eos_token = family.bos, family.eos
     if family.split:
-        cut = pre_tokenizers.Split(Regex(family.split), "isolated")
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut,
-                                                                             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        cut = [pre_tokenizers.Split(Regex(family.split), "isolated"),
+               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
     return tokenizer
 
 
@@ -58,15 +59,19 @@ def chatml_calls(m: dict[str, Any]) -> str:
     return "\n".join([*([m["content"]] if m["content"] else []), *calls])
 
 
-# ---- Qwen3: reasoning only after the last question; the last turn always gets a block of reasoning; a switch puts the empty one in the prompt 
+# ---- Qwen3: reasoning only after the last question; the last turn always gets a block of reasoning; a switch puts the
+# ---- empty one in the prompt -----------------------------------------------------------------------------------------
 
 QWEN3 = """{%- if tools %}{{- '<|im_start|>system\\n' }}
 {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-{{- '# Tools\\n\\n<tools>' }}{%- for t in tools %}{{- '\\n' + t | tojson }}{%- endfor %}{{- '\\n</tools><|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{{- '# Tools\\n\\n<tools>' }}{%- for t in tools %}{{- '\\n' + t | tojson }}{%- endfor %}\
+{{- '\\n</tools><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}\
+{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
 {%- set seen = namespace(query=-1) %}
 {%- for m in messages %}
-    {%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}
+    {%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and \
+m.content.endswith('</tool_response>')) %}
         {%- set seen.query = loop.index0 %}
     {%- endif %}
 {%- endfor %}
@@ -111,8 +116,8 @@ def qwen3_said(m):
     return Said({"enable_thinking": False}, "", chatml_calls(m | {"content": m["content"].lstrip("\n")}) + "<|im_end|>")
 
 
-QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), ("<think>", "</think>", "<tool_call>", "</tool_call>",
-                                                                "<tool_response>", "</tool_response>")
+QWEN_TOKENS = (("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+               ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"))
 QWEN3_MARKED = Family(QWEN3, qwen3_said, *QWEN_TOKENS)  # generation marks, and drops reasoning
 QWEN3_PLAIN = Family(QWEN3.replace("{% generation %}", "").replace("{% endgeneration %}", ""), qwen3_said, *QWEN_TOKENS)
 # The thinking-only releases: the prompt opens the block, and there is no switch.
@@ -137,13 +142,15 @@ SMOLLM3 = Family("""{%- set mode = '/think' if enable_thinking is not defined or
 {{- '<|im_start|>system\\nReasoning Mode: ' + mode + '<|im_end|>\\n' }}
 {%- for m in messages %}
     {%- if m.role == 'assistant' %}{% generation %}
-        {{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') + m.content.lstrip('\\n') + '<|im_end|>\\n' }}
+        {{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') + \
+m.content.lstrip('\\n') + '<|im_end|>\\n' }}
         {%- endgeneration %}
     {%- elif m.role != 'system' %}
         {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') }}{%- endif %}""",
+{%- if add_generation_prompt %}\
+{{- '<|im_start|>assistant\\n' + ('' if mode == '/think' else '<think>\\n\\n</think>\\n') }}{%- endif %}""",
                  lambda m: Said({"enable_thinking": False}, "", m["content"].lstrip("\n") + "<|im_end|>"), *QWEN_TOKENS)
 
 # ---- Llama 3: headers, contents trimmed, no white space after the end of a turn --------------------------------------
@@ -153,8 +160,10 @@ LLAMA3 = Family("""{{- bos_token }}
 {%- set turns = messages[1:] if messages and messages[0]['role'] == 'system' else messages %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}
 {%- if tools %}{{- 'Environment: ipython\\n' }}{%- endif %}
-{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + (date_string if date_string is defined else '26 Jul 2024') + '\\n\\n' }}
-{%- if messages and messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim }}{%- endif %}{{- '<|eot_id|>' }}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + \
+(date_string if date_string is defined else '26 Jul 2024') + '\\n\\n' }}
+{%- if messages and messages[0]['role'] == 'system' %}{{- messages[0]['content'] | trim }}{%- endif %}\
+{{- '<|eot_id|>' }}
 {%- for m in turns %}
     {%- if m.tool_calls %}
         {%- if m.tool_calls | length != 1 %}{{- raise_exception('one call at a time') }}{%- endif %}
@@ -174,7 +183,8 @@ LLAMA3 = Family("""{{- bos_token }}
                 ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
                 bos="<|begin_of_text|>", eos="<|eot_id|>")
 
-# ---- DeepSeek: V3 knows no reasoning; R1's prompt opens it, and no turn ever shows it; V3.1's prompt opens or closes it 
+# ---- DeepSeek: V3 knows no reasoning; R1's prompt opens it, and no turn ever shows it; V3.1's prompt opens it or
+# ---- closes it -------------------------------------------------------------------------------------------------------
 
 DEEPSEEK_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
                    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
@@ -193,7 +203,8 @@ DEEPSEEK_R1_TEMPLATE = DEEPSEEK_HEAD + """{%- for m in messages -%}
         {%- set ns.tool = false -%}{{- '<｜Assistant｜><｜tool▁calls▁begin｜>' -}}
         {%- for call in m['tool_calls'] -%}
             {{- '' if loop.first else '\\n' -}}
-            {{- '<｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁sep｜>' + call['function']['name'] + '\\n```json\\n' -}}
+            {{- '<｜tool▁call▁begin｜>' + call['type'] + '<｜tool▁sep｜>' + \
+call['function']['name'] + '\\n```json\\n' -}}
             {{- call['function']['arguments'] + '\\n```<｜tool▁call▁end｜>' -}}
         {%- endfor -%}
         {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' -}}
@@ -210,7 +221,8 @@ DEEPSEEK_R1_TEMPLATE = DEEPSEEK_HEAD + """{%- for m in messages -%}
         {{- '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if ns.tool -%}{{- '<｜tool▁outputs▁end｜>' -}}{%- elif add_generation_prompt -%}{{- '<｜Assistant｜>THINK' -}}{%- endif -%}"""
+{%- if ns.tool -%}{{- '<｜tool▁outputs▁end｜>' -}}\
+{%- elif add_generation_prompt -%}{{- '<｜Assistant｜>THINK' -}}{%- endif -%}"""
 
 
 def deepseek_r1_said(m):
@@ -231,9 +243,11 @@ DEEPSEEK_V3 = Family(DEEPSEEK_R1_TEMPLATE.replace("THINK", "").replace(".split('
 
 
 def deepseek_v31_said(m):
-    calls = "".join(f"<｜tool▁call▁begin｜>{c['function']['name']}<｜tool▁sep｜>{dumps(c['function']['arguments'])}<｜tool▁call▁end｜>"
+    calls = "".join(f"<｜tool▁call▁begin｜>{c['function']['name']}"
+                    f"<｜tool▁sep｜>{dumps(c['function']['arguments'])}<｜tool▁call▁end｜>"
                     for c in m.get("tool_calls", []))
-    said = m["content"] + (f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>" if calls else "") + "<｜end▁of▁sentence｜>"
+    said = m["content"] + (f"<｜tool▁calls▁begin｜>{calls}<｜tool▁calls▁end｜>" if calls else "")
+    said += "<｜end▁of▁sentence｜>"
     return Said({"thinking": True}, "", thoughts(m) + "</think>" + said) if thoughts(m) else Said({}, "", said)
 
 
@@ -241,30 +255,37 @@ DEEPSEEK_V31 = Family(DEEPSEEK_HEAD + """{%- set thinking = thinking if thinking
 {%- for m in messages -%}
     {%- if m['role'] == 'user' -%}{%- set ns.asked = true -%}{{- '<｜User｜>' + m['content'] -}}{%- endif -%}
     {%- if m['role'] == 'assistant' -%}
-        {%- if ns.asked -%}{{- '<｜Assistant｜>' + ('<think>' if m['prefix'] is defined and m['prefix'] and thinking else '</think>') -}}{%- endif -%}
+        {%- if ns.asked -%}{{- '<｜Assistant｜>' + \
+('<think>' if m['prefix'] is defined and m['prefix'] and thinking else '</think>') -}}{%- endif -%}
         {%- set ns.asked = false -%}
         {%- if m['tool_calls'] -%}
             {{- ('' if m['content'] is none else m['content']) + '<｜tool▁calls▁begin｜>' -}}
             {%- for call in m['tool_calls'] -%}
-                {{- '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + call['function']['arguments'] + '<｜tool▁call▁end｜>' -}}
+                {{- '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' + \
+call['function']['arguments'] + '<｜tool▁call▁end｜>' -}}
             {%- endfor -%}
             {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' -}}
         {%- else -%}
-            {{- (m['content'].split('</think>', 1)[1] if '</think>' in m['content'] else m['content']) + '<｜end▁of▁sentence｜>' -}}
+            {{- (m['content'].split('</think>', 1)[1] if '</think>' in m['content'] else m['content']) + \
+'<｜end▁of▁sentence｜>' -}}
         {%- endif -%}
     {%- endif -%}
-    {%- if m['role'] == 'tool' -%}{{- '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' -}}{%- endif -%}
+    {%- if m['role'] == 'tool' -%}\
+{{- '<｜tool▁output▁begin｜>' + m['content'] + '<｜tool▁output▁end｜>' -}}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt and ns.asked -%}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}{%- endif -%}""",
+{%- if add_generation_prompt and ns.asked -%}\
+{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}{%- endif -%}""",
                       deepseek_v31_said, DEEPSEEK_TOKENS, ("<think>", "</think>"), **DEEPSEEK)
 
-# ---- GPT-OSS: harmony. Analysis only in the last turn, or in calls not yet answered; <|return|> ends the last answer, <|end|> earlier ones 
+# ---- GPT-OSS: harmony. Analysis only in the last turn, or in calls not yet answered; <|return|> ends the last answer,
+# ---- <|end|> earlier ones --------------------------------------------------------------------------------------------
 
 GPT_OSS_TEMPLATE = """{{- '<|start|>system<|message|>You are ChatGPT.\\nReasoning: ' + (reasoning_effort or 'medium') }}
 {{- '\\n\\n# Valid channels: analysis, commentary, final.<|end|>' }}
 {%- set turns = messages %}
 {%- if messages and messages[0].role in ['developer', 'system'] %}
-    {{- '<|start|>developer<|message|># Instructions\\n\\n' + messages[0].content + '<|end|>' }}{%- set turns = messages[1:] %}
+    {{- '<|start|>developer<|message|># Instructions\\n\\n' + messages[0].content + '<|end|>' }}\
+{%- set turns = messages[1:] %}
 {%- endif %}
 {%- set last = namespace(call=none) %}
 {%- for m in turns %}
@@ -278,9 +299,11 @@ GPT_OSS_TEMPLATE = """{{- '<|start|>system<|message|>You are ChatGPT.\\nReasonin
             {{- '<|start|>assistant<|channel|>analysis<|message|>' + (m.content or m.thinking) + '<|end|>' }}
         {%- endif %}
         {%- set call = m.tool_calls[0].function %}{%- set last.call = call.name %}
-        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' + call.arguments | tojson + '<|call|>' }}
+        {{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' + \
+call.arguments | tojson + '<|call|>' }}
     {%- elif m.role == 'assistant' %}
-        {%- if '<|channel|>analysis<|message|>' in m.content %}{{- raise_exception('channels belong into fields') }}{%- endif %}
+        {%- if '<|channel|>analysis<|message|>' in m.content %}\
+{{- raise_exception('channels belong into fields') }}{%- endif %}
         {%- if loop.last and not add_generation_prompt and 'thinking' in m %}
             {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}
         {%- endif %}
@@ -288,7 +311,8 @@ GPT_OSS_TEMPLATE = """{{- '<|start|>system<|message|>You are ChatGPT.\\nReasonin
         {{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{%- set last.call = none %}
     {%- elif m.role == 'tool' %}
         {%- if last.call is none %}{{- raise_exception('a result of no call') }}{%- endif %}
-        {{- '<|start|>functions.' + last.call + ' to=assistant<|channel|>commentary<|message|>' + m.content | tojson + '<|end|>' }}
+        {{- '<|start|>functions.' + last.call + ' to=assistant<|channel|>commentary<|message|>' + \
+m.content | tojson + '<|end|>' }}
     {%- elif m.role == 'user' %}
         {{- '<|start|>user<|message|>' + m.content + '<|end|>' }}
     {%- endif %}

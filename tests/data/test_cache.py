@@ -59,10 +59,12 @@ def test_a_cache_holds_what_the_encoder_gives(tmp_path, file, encoder, monkeypat
     assert len(data) == len(wanted) == data.stats.samples and data.stats.lines == 600 and "tokens/s" in said[-1]
     for i, (ids, mask, _) in enumerate(wanted):
         assert data[i].ids.tolist() == ids.tolist() and data[i].mask.tolist() == mask.tolist() and data[i].source == i
-    assert data.stats.tokens == sum(len(s.ids) for s in wanted) and data.stats.loss_tokens == sum(int(s.mask.sum()) for s in wanted)
+    assert data.stats.tokens == sum(len(s.ids) for s in wanted)
+    assert data.stats.loss_tokens == sum(int(s.mask.sum()) for s in wanted)
     untouched(monkeypatch)
     again = tokenized(str(file), encoder, folder=tmp_path / "c", workers=3)
-    assert again.fingerprint == data.fingerprint and str(again.stats) == str(data.stats) and again[5].ids.tolist() == data[5].ids.tolist()
+    assert again.fingerprint == data.fingerprint and str(again.stats) == str(data.stats)
+    assert again[5].ids.tolist() == data[5].ids.tolist()
 
 
 def test_processes_and_chunks_do_not_matter(tmp_path, file, encoder):
@@ -164,7 +166,8 @@ def test_conversations_of_several_samples_stay_together(tmp_path):
                     for k in range(len(batch))]
     (tmp_path / "data.jsonl").write_text("{}\n" * 30)
     data = tokenized(str(tmp_path / "data.jsonl"), Thrice(None), folder=tmp_path, chunk_bytes=30, workers=1)
-    assert len(data) == 90 and data.num_records == 30 and [data[i].source for i in range(90)] == [i // 3 for i in range(90)]
+    assert len(data) == 90 and data.num_records == 30
+    assert [data[i].source for i in range(90)] == [i // 3 for i in range(90)]
     rest, held = split_off(data, 0.2)
     assert len(rest) == 72 and len(held) == 18
     assert {rest[i].source for i in range(72)}.isdisjoint({held[i].source for i in range(18)})
@@ -270,7 +273,8 @@ def test_open_data(tmp_path, file, encoder):
     said = []
     read = partial(open_data, encoder=encoder, seq_len=64, folder=tmp_path / "c", say=said.append)
     train, held = read([str(file), str(half)])
-    assert len(train) >= 700 and held == [] and Loader(train, 64, 4).sources(0) == {} and any("samples of 700 lines" in s for s in said)
+    assert len(train) >= 700 and held == [] and Loader(train, 64, 4).sources(0) == {}
+    assert any("samples of 700 lines" in s for s in said)
     mixed, held = read([f"{file}=0.8", f"{half}=0.2"], eval_fraction=0.1, seed=3)
     loader = Loader(mixed, 64, 8)
     assert set(loader.sources(0)) == {str(file), str(half)} and [s.weight for s in mixed] == [0.8, 0.2]

@@ -21,13 +21,15 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 # The same, saying itself what was generated.
 MARKED = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\
+{% else %}{{ m.content }}<|im_end|>{% endif %}
 
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
 # Qwen3's manner: reasoning is shown in the turns after the last question only.
-THINKING = """{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+THINKING = """{% set ns = namespace(last=0) %}\
+{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}<|im_start|>{{ m.role }}
 {% if m.role == 'assistant' and loop.index0 > ns.last and m.reasoning_content %}<think>
 {{ m.reasoning_content }}
@@ -43,7 +45,8 @@ HEADERS = """{{ bos_token }}{% for m in messages %}<|start_header|>{{ m.role }}<
 {% endif %}"""
 
 # The prompt ends in a space.
-SPACED = """{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"""
+SPACED = ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|eot|>{% endfor %}"
+          "{% if add_generation_prompt %}assistant: {% endif %}")
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"},
         {"role": "assistant", "content": "It is 4."}, {"role": "user", "content": "And 3+3?"},
@@ -141,7 +144,8 @@ def test_text_and_tokens(make_tokenizer, write):
     file = write({"text": "Return the sum."}, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "id": "x"},
                  {"input_ids": [5, 6]})
     (text, tokens, bare), stats = read_samples(file, tokenizer, 64)
-    assert tokenizer.decode(text.ids) == "Return the sum.<|end_of_text|>" and text.mask.tolist() == [False] + [True] * (len(text.ids) - 1)
+    assert tokenizer.decode(text.ids) == "Return the sum.<|end_of_text|>"
+    assert text.mask.tolist() == [False] + [True] * (len(text.ids) - 1)
     assert tokens.ids.tolist() == [5, 6, 7, 8] and tokens.mask.tolist() == [False, False, True, True]
     assert bare.mask.tolist() == [False, True]
     assert (stats.lines, stats.samples, stats.loss_tokens) == (3, 3, len(text.ids) - 1 + 2 + 1)

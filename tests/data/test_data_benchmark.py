@@ -14,7 +14,8 @@ def test_small(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     imported, made, opened, streamed = report["ours"]
-    assert imported["phase"] == "import" and made["tokens"] == opened["tokens"] > 300_000 and opened["seconds"] < made["seconds"]
+    assert imported["phase"] == "import" and made["tokens"] == opened["tokens"] > 300_000
+    assert opened["seconds"] < made["seconds"]
     # where long documents are split, a token is read twice
     assert made["tokens"] < streamed["tokens"] < made["tokens"] * 1.1
     assert streamed["efficiency"] > 0.99

@@ -59,9 +59,10 @@ def test_samples_are_those_of_plain_lists(tmp_path_factory, documents, seq_len):
     assert stats.samples == len(wanted) and stats.tokens == len({t for ids, _ in wanted for t in ids})
     chats = [(n, first) for n, splittable, first in documents if not splittable]
     kept_chats = [(n, first) for n, first in chats if max(first, 1) < min(n, seq_len)]
-    assert stats.truncated == sum(n > seq_len for n, _ in kept_chats) and stats.tokens_dropped == sum(max(0, n - seq_len) for n, _ in kept_chats)
-    assert stats.without_loss == len(chats) - len(kept_chats) + sum(n == 1 for n, splittable, _ in documents
-                                                                    if splittable)
+    assert stats.truncated == sum(n > seq_len for n, _ in kept_chats)
+    assert stats.tokens_dropped == sum(max(0, n - seq_len) for n, _ in kept_chats)
+    words = sum(n == 1 for n, splittable, _ in documents if splittable)
+    assert stats.without_loss == len(chats) - len(kept_chats) + words
     assert stats.lines == len(documents)
 
 

@@ -33,7 +33,8 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_many_ways_to_write_one_conversation(name):
     chat = read(parse(json.dumps(SAME[name]).encode()))
-    assert isinstance(chat, Chat) and chat.messages == [ASK, ANSWER] and chat.loss == [False, True] and chat.tools is None and chat.options == {}
+    assert isinstance(chat, Chat) and chat.messages == [ASK, ANSWER] and chat.loss == [False, True]
+    assert chat.tools is None and chat.options == {}
 
 
 def test_system_history_and_input():
@@ -85,9 +86,11 @@ def test_text_and_tokens():
 
 def test_lines_as_they_come():
     assert parse(b'\xef\xbb\xbf{"text": "a"}\r') == {"text": "a"}
-    assert math.isnan(parse(b'{"text": "a", "score": NaN}')["score"]) and parse(b'{"text": "a", "n": -Infinity}')["n"] == -math.inf
+    assert math.isnan(parse(b'{"text": "a", "score": NaN}')["score"])
+    assert parse(b'{"text": "a", "n": -Infinity}')["n"] == -math.inf
     assert parse(b'{"text": "\\u0000\\ud83d\\ude00"}')["text"] == "\0😀"
-    assert parse(b'{"text": "a", "n": 1e999, "m": 123456789012345678901234567890}')["m"] == 123456789012345678901234567890
+    large = 123456789012345678901234567890
+    assert parse(f'{{"text": "a", "n": 1e999, "m": {large}}}'.encode())["m"] == large
 
 
 WRONG = [

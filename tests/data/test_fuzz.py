@@ -142,4 +142,5 @@ def test_one_huge_line(make_tokenizer, write):
                                                {"role": "assistant", "content": "Yes."}]}, {"text": "good"})
     samples, stats = read_samples(file, tokenizer, 1 << 30)
     assert [len(s.ids) > 100_000 for s in samples] == [True, True, False] and stats.bad == 0
-    assert tokenizer.decode(samples[0].ids, skip_special_tokens=True) == text and tokenizer.decode(samples[1].ids[samples[1].mask]).startswith("Yes.")
+    assert tokenizer.decode(samples[0].ids, skip_special_tokens=True) == text
+    assert tokenizer.decode(samples[1].ids[samples[1].mask]).startswith("Yes.")

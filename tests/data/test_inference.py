@@ -190,8 +190,8 @@ def test_qwen3_masks_its_own_empty_block(tokenizers):
     tokenizer = tokenizers["qwen3"]
     for sample in Encoder(tokenizer)({"messages": CONVERSATIONS["two turns"]}):
         trained = tokenizer.decode(sample.ids[sample.mask], skip_special_tokens=False)
-        assert "think" not in trained and "<think>\n\n</think>\n\n" in tokenizer.decode(sample.ids,
-                                                                                        skip_special_tokens=False)
+        whole = tokenizer.decode(sample.ids, skip_special_tokens=False)
+        assert "think" not in trained and "<think>\n\n</think>\n\n" in whole
 
 
 def test_marks_and_prefixes_agree(tokenizers):
@@ -232,10 +232,12 @@ def test_control_tokens_written_in_messages_are_text(tokenizers, name):
     said = family.said(messages[-1])
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, sanitize_control_tokens=True,
                                            return_dict=False, **said.options)
-    assert sample.ids[:len(prompt)].tolist() == prompt and not sample.mask[:len(prompt)].any() and sample.mask[len(prompt):].all()
+    assert sample.ids[:len(prompt)].tolist() == prompt
+    assert not sample.mask[:len(prompt)].any() and sample.mask[len(prompt):].all()
     assert tokenizer.decode(sample.ids[len(prompt):], skip_special_tokens=False) == said.generated
     ids = sample.ids.tolist()
-    assert ids.count(tokenizer.eos_token_id) == len([x for x in prompt if x == tokenizer.eos_token_id]) + 1 and ids[-1] == tokenizer.eos_token_id
+    assert ids.count(tokenizer.eos_token_id) == prompt.count(tokenizer.eos_token_id) + 1
+    assert ids[-1] == tokenizer.eos_token_id
     assert encoder.counts["literals"] == 7 and "literals" not in +Encoder(tokenizer).counts
 
 
@@ -274,7 +276,8 @@ def test_sentencepieces_spaces(docstrings, scheme):
     """Tokenizers that put a space before a text: none appears between prompt and answer, nor around control tokens
     written out."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace(prepend_scheme=scheme)
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
     texts = [m["content"] for r in docstrings[1] for m in r["messages"]]
     core.train_from_iterator(texts,
                              trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],

@@ -122,8 +122,8 @@ def test_each_epoch_takes_each_sample_once_and_goes_on(lengths, packs_per_step, 
     steps = Loader(samples_of(lengths), SEQ_LEN, packs_per_step, seed=3, window=window)
     for i in range(len(packs) // packs_per_step):
         step = steps.step(i)
-        assert sorted(step.input_ids.tolist()) == sorted(torch.cat(packs[i * packs_per_step:(i + 1)
-                                                                         * packs_per_step]).tolist())
+        want = torch.cat(packs[i * packs_per_step:(i + 1) * packs_per_step])
+        assert sorted(step.input_ids.tolist()) == sorted(want.tolist())
         costs = (step.segments.diff().long() ** 2).sum(1)
         assert costs.tolist() == sorted(costs.tolist(), reverse=True)
 
@@ -199,8 +199,8 @@ def test_grouping_by_length_puts_packs_of_like_cost_in_one_step(packs_per_step):
     for steps in (plain, grouped):  # and each sample once, as ever
         seen = Counter(torch.cat([b.input_ids for b in steps]).flatten().tolist())
         assert all(seen[i + 1] >= len(s.ids) for i, s in enumerate(samples))
-    assert Loader(samples, 64, packs_per_step, group_by_length=True).efficiency() == Loader(samples, 64,
-                                                                                            packs_per_step).efficiency()
+    plain, grouped = (Loader(samples, 64, packs_per_step, group_by_length=group) for group in (False, True))
+    assert grouped.efficiency() == plain.efficiency()
 
 
 @pytest.mark.parametrize("ranks_", [2, 4, 8])

@@ -52,18 +52,18 @@ def test_every_document_can_be_read_back_from_its_pack(problem, random):
     packs = best_fit(lengths, seq_len, max_documents)
     for indices in packs:
         batch = pack([samples[i] for i in indices], seq_len, max_documents)
-        ids, labels, mask, positions, segments = (x[0] for x in (batch.input_ids, batch.labels, batch.loss_mask,
-                                                                 batch.positions, batch.segments))
-        assert [x.dtype for x in (ids, labels, mask, positions, segments)] == [torch.int64, torch.int64, torch.float32,
-                                                                               torch.int64, torch.int32]
-        assert len(segments) == max_documents + 1 and segments[0] == 0 and segments[-1] == seq_len and bool((segments.diff() >= 0).all())
+        fields = batch.input_ids, batch.labels, batch.loss_mask, batch.positions, batch.segments
+        assert [x.dtype for x in fields] == [torch.int64, torch.int64, torch.float32, torch.int64, torch.int32]
+        ids, labels, mask, positions, segments = (x[0] for x in fields)
+        assert len(segments) == max_documents + 1 and segments[0] == 0 and segments[-1] == seq_len
+        assert (segments.diff() >= 0).all()
         bounds = segments.unique().tolist()
         documents = list(itertools.pairwise(bounds))
         assert len(documents) == len(indices) + (sum(lengths[i] for i in indices) < seq_len)
         for (start, end), i in zip(documents, indices, strict=False):
             assert torch.equal(ids[start:end], samples[i].ids)
-            assert torch.equal(labels[start:end - 1], samples[i].ids[1:]) and torch.equal(mask[start:end - 1],
-                                                                                          samples[i].mask[1:].float())
+            assert torch.equal(labels[start:end - 1], samples[i].ids[1:])
+            assert torch.equal(mask[start:end - 1], samples[i].mask[1:].float())
             assert mask[end - 1] == 0
         assert all(positions[start:end].tolist() == list(range(end - start)) for start, end in documents)
         assert mask[documents[len(indices) - 1][1]:].sum() == 0

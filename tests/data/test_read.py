@@ -171,9 +171,8 @@ def test_parquet_of_tokens_comes_as_arrays(tmp_path):
     found = rows(path)
     assert all(isinstance(r["input_ids"], np.ndarray) for r in found[:3]) and "input_ids" not in found[3]
     encoded = [Encoder(None)(r)[0] for r in found[:3]]
-    assert [e.ids.tolist() for e in encoded] == ids and [e.mask.tolist() for e in encoded] == [[False, True, True],
-                                                                                               [False],
-                                                                                               [False] + [True] * 4]
+    assert [e.ids.tolist() for e in encoded] == ids
+    assert [e.mask.tolist() for e in encoded] == [[False, True, True], [False], [False] + [True] * 4]
 
 
 def test_parquet_and_jsonl_give_the_same_samples(tmp_path, write):

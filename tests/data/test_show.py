@@ -24,8 +24,10 @@ def test_the_trained_text_stands_between_the_bars(make_tokenizer):
     ids, mask, _ = Encoder(tokenizer)({"messages": TALK})[0]
     heading, text = printed(Sample(ids, mask), tokenizer).split("\n", 1)
     assert f"{len(ids)} tokens, {mask.sum()} with loss" in heading
-    assert text.rstrip("\n").endswith("assistant⏎\n▏In France.⏎\nSur la Loire ½.<|im_end|>▕") and text.count("▏") == text.count("▕") == 1
-    assert text.replace("⏎", "").replace("▏", "").replace("▕", "").replace("⇥", "").rstrip("\n").split() == tokenizer.decode(ids).split()
+    assert text.rstrip("\n").endswith("assistant⏎\n▏In France.⏎\nSur la Loire ½.<|im_end|>▕")
+    assert text.count("▏") == text.count("▕") == 1
+    bare = text.replace("⏎", "").replace("▏", "").replace("▕", "").replace("⇥", "").rstrip("\n")
+    assert bare.split() == tokenizer.decode(ids).split()
 
 
 def test_colour_follows_the_loss(make_tokenizer):

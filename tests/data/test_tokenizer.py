@@ -52,7 +52,8 @@ class ToyTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens):
         back = {c: b for b, c in self.char.items()}
-        return bytes(b for t in tokens for b in ([back[c] for c in t] if t in self.ids else t.encode())).decode("utf-8", "replace")
+        of = lambda t: [back[c] for c in t] if t in self.ids else t.encode()
+        return bytes(b for t in tokens for b in of(t)).decode("utf-8", "replace")
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
         return ()
@@ -115,7 +116,8 @@ def test_an_added_token_that_does_not_survive_is_named(directory, old, new, mess
     assert old in CODE
     (directory / "tokenization_toy.py").write_text(CODE.replace(old, new))
     with pytest.raises(ValueError,
-                       match=rf"kimi: the added token '<\|im_user\|>' \(id {FIRST}\) is {message}.* and 3 more like it"):
+                       match=rf"kimi: the added token '<\|im_user\|>' \(id {FIRST}\) is {message}.* "
+                             "and 3 more like it"):
         T.load(directory, trust_remote_code=True)
 
 
@@ -127,7 +129,8 @@ def test_fast_tokenizers_are_checked_too(make_tokenizer, tmp_path):
     fast.backend_tokenizer.decoder = decoders.Replace("<|im_", "(")
     fast.save_pretrained(tmp_path / "broken")
     with pytest.raises(ValueError,
-                       match=r"broken: the added token '<\|im_start\|>' \(id 0\).*decoded as '\(start\|>'.* and 1 more"):
+                       match=r"broken: the added token '<\|im_start\|>' \(id 0\).*decoded as '\(start\|>'.* "
+                             "and 1 more"):
         T.load(tmp_path / "broken")
 
 

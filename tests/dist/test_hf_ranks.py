@@ -2,8 +2,11 @@
 and fail together."""
 import json
 import math
+import multiprocessing
 import os
+import signal
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from xtf import hf
+from xtf.hf import directory
 from xtf.hf import safetensors as files
 from xtf.layout import Place
 from xtf.spec import Param
@@ -164,10 +168,47 @@ def test_one_rank_that_fails_fails_all_and_leaves_what_was_there(source, tmp_pat
     save_file({"w": torch.ones(2)}, tmp_path / "out" / "model.safetensors")
     before = raw(tmp_path / "out")
     errors = pool(4).run(failing, source, tmp_path / "out", culprit)
-    assert [kind for kind, _ in errors] == ["OSError" if r == culprit else "RuntimeError" for r in range(4)]
+    assert [kind for kind, _ in errors] == ["OSError"] * 4
     assert all("No space left" in text and "out.partial/model.safetensors" in text for _, text in errors)
     assert all(f"rank {culprit}: " in text for r, (_, text) in enumerate(errors) if r != culprit)
     assert raw(tmp_path / "out") == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def dies(rank, size, source, folder, culprit, moment):
+    """One rank is killed while it saves; what the others hear goes into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    specs, names, layout = tree_of((size,))
+    params = hf.load(source, specs, names, layout)
+    hf.save(folder / "out" / "model", params, names)
+    if rank == culprit:
+        setattr(*{"plan": (files, "plan"), "write": (os, "pwrite"), "finish": (directory, "_copy_others")}[moment],
+                lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    start, said = time.monotonic(), "nothing"
+    try:
+        hf.save(folder / "out" / "model", {k: x + 1 for k, x in params.items()}, names)
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}"
+    (folder / f"rank{rank}.json").write_text(json.dumps([said, time.monotonic() - start]))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("culprit, moment", [(1, "plan"), (2, "write"), (0, "plan"), (0, "finish")])
+def test_a_rank_that_dies_while_saving_is_named_soon(source, tmp_path, culprit, moment):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+    ranks = [context.Process(target=dies, args=(rank, 3, source, tmp_path, culprit, moment)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [p.exitcode for p in ranks] == [-signal.SIGKILL if r == culprit else 0 for r in range(3)]
+    for rank in {0, 1, 2} - {culprit}:
+        said, seconds = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert said.startswith(f"ConnectionError: hf.save: {moment}: rank {culprit}: is gone") and seconds < 15, said
+    whole = {n: x for f in source.glob("*.safetensors") for n, x in load_file(f).items()}
+    got = load_file(tmp_path / "out" / "model" / files.SINGLE)
+    assert torch.equal(got["whole"], whole["whole"]) and (culprit == 0 or os.listdir(tmp_path / "out") == ["model"])
 
 
 def mismatched(source):
@@ -184,8 +225,9 @@ def test_a_twin_that_differs_in_one_ranks_rows_fails_all(source, tmp_path):
     bad[HEAD][-1] += 1
     save_file(bad, tmp_path / "model.safetensors")
     errors = pool(4).run(mismatched, tmp_path)
-    assert [kind for kind, _ in errors] == ["RuntimeError"] * 3 + ["ValueError"] and all(HEAD in text and EMBED in text
-                                                                                         for _, text in errors)
+    assert [kind for kind, _ in errors] == ["ValueError"] * 4
+    assert all(HEAD in text and EMBED in text and ("hf.load: rank 3: " in text) == (r < 3)
+               for r, (_, text) in enumerate(errors))
 
 
 def plain_and_odd(out):

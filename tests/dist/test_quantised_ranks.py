@@ -55,8 +55,8 @@ def fp8(tmp_path_factory):
         if i == 3:
             shards[0][name] = torch.randn(shape, generator=g).bfloat16()
             continue
-        q = torch.randint(0, 127, shape, generator=g, dtype=torch.uint8) | torch.randint(0, 2, shape, generator=g,
-                                                                                         dtype=torch.uint8) << 7
+        q = torch.randint(0, 127, shape, generator=g, dtype=torch.uint8)
+        q |= torch.randint(0, 2, shape, generator=g, dtype=torch.uint8) << 7
         shards[i % 2][name] = q.view(torch.float8_e4m3fn)
         shards[(i + 1) % 2][name + "_scale_inv"] = torch.rand(quantised.grid(shape, BLOCK), generator=g) * 1e-2 + 1e-4
     shards[0][NORM] = torch.randn(SHAPES[NORM], generator=g).bfloat16()

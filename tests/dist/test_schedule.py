@@ -67,8 +67,8 @@ def bucket_bytes(params, ranks, itemsize):
     for p in tree.leaves(params):
         dim = next((d for d in range(len(p.shape)) if p.shape[d] % ranks == 0),
                    max(range(len(p.shape)), key=lambda d: p.shape[d]))
-        total += -(-p.shape[dim] // ranks) * math.prod(p.shape) // p.shape[dim] * (itemsize if len(p.shape) > 1 else 4
-                                                                                   if itemsize == 2 else itemsize)
+        wide = 4 if itemsize == 2 and len(p.shape) < 2 else itemsize
+        total += -(-p.shape[dim] // ranks) * math.prod(p.shape) // p.shape[dim] * wide
     return (ranks - 1) * total
 
 

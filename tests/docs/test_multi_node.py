@@ -36,7 +36,8 @@ from xtf import device
 rank, world = device.init_process_group()
 dist.all_reduce(total := torch.ones(()))
 folder = os.environ["SAID"]
-say = lambda name, **said: (open(f"{folder}/.{name}", "w").write(json.dumps(said)), os.rename(f"{folder}/.{name}", f"{folder}/{name}"))
+say = lambda name, **said: (open(f"{folder}/.{name}", "w").write(json.dumps(said)),
+                            os.rename(f"{folder}/.{name}", f"{folder}/{name}"))
 say(f"rank{rank}", world=world, total=total.item(), local=int(os.environ["LOCAL_RANK"]), argv=sys.argv[1:])
 while not heard:
     time.sleep(0.02)
@@ -54,7 +55,8 @@ assert sys.argv[1] == "--kill-on-bad-exit=1" and os.environ["SRUN_CPUS_PER_TASK"
 tasks = []
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
 for rank in range(nodes * each):
-    tasks.append(subprocess.Popen(sys.argv[2:], env=os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % each)}))
+    env = os.environ | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % each)}
+    tasks.append(subprocess.Popen(sys.argv[2:], env=env))
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
@@ -80,7 +82,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def wait_for(condition, processes, seconds=60):
+def wait_for(condition, processes, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
@@ -185,7 +187,7 @@ def test_slurms_ranks_join_and_a_warning_saves_and_requeues(slurm, tmp_path):
         argv = ["-m", "xtf.recipes.qwen3_sft", *FLAGS]                          # "a folder" is still one word
         assert read(tmp_path, f"rank{rank}") == {"world": 4, "total": 4.0, "local": rank % 2, "argv": argv}
     process.send_signal(signal.SIGUSR1)                                         # --signal=B: to the script alone
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 138, said
     assert all(read(tmp_path, f"heard{rank}") == {"signals": [signal.SIGUSR1]} for rank in range(4))
     assert (tmp_path / "requeued").read_text() == f"requeue {job}\n"
@@ -212,11 +214,12 @@ def test_only_a_warned_run_that_is_not_done_is_requeued(slurm, tmp_path, worker,
     if warned:
         wait_for((tmp_path / "rank0").exists, [process])
         process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=120)
     assert (process.returncode, (tmp_path / "requeued").exists()) == (code, requeued), said
 
 
 def test_the_scripts_head_is_what_the_page_says():
     head = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", SCRIPT.read_text(), re.M))
-    assert head["signal"] == "B:USR1@300" and "requeue" in head and head["open-mode"] == "append" and "gpus-per-task" not in head
+    assert head["signal"] == "B:USR1@300" and "requeue" in head
+    assert head["open-mode"] == "append" and "gpus-per-task" not in head
     assert int(head["nodes"]) * int(head["ntasks-per-node"]) == 16 and head["ntasks-per-node"] == head["gpus-per-node"]

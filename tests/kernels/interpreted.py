@@ -88,7 +88,8 @@ def check_rms_norm() -> None:
             exact_dx, exact_dweight = torch.autograd.grad(exact, leaves, g.double())
             # Sums of D or N terms in at least float32; the row rounded before it meets a weight (below 5), and the
             # result; each of them to half a unit, or to half the smallest number that there is.
-            unit, wide, smallest = torch.finfo(dtype).eps, torch.finfo(scale.dtype).eps, torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+            unit, wide = torch.finfo(dtype).eps, torch.finfo(scale.dtype).eps
+            smallest = torch.finfo(dtype).tiny * unit
             rows = g.double() * leaves[1].detach()
             normed = x.double() * scale.double()
             terms = (exact.abs(),

@@ -97,7 +97,8 @@ def cases(draw):
         cuts = sorted({*draw(st.lists(st.integers(1, T), max_size=6)), T})
         packs.append([b - a for a, b in pairwise([0, *cuts])])
     window = draw(st.none() | st.integers(1, T + 1))
-    d, sinks, small, kept = draw(st.sampled_from([1, 5, 8])), draw(st.booleans()), draw(st.sampled_from([0, 2 ** 22])), draw(st.sampled_from([0, 4]))
+    d, sinks = draw(st.sampled_from([1, 5, 8])), draw(st.booleans())
+    small, kept = draw(st.sampled_from([0, 2 ** 22])), draw(st.sampled_from([0, 4]))
     return packs, T, K * G, K, d, draw(st.sampled_from([d, 1, 3, 8])), window, sinks, small, kept
 
 
@@ -301,8 +302,8 @@ def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound)
         pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads(q, at), heads(k, at), heads(v, at),
                                                                              **how)
                   for at, how in parts(ends, options)]
-        return torch.cat([back(o) for o, _ in pieces]), torch.cat([lse[0].float() for _, lse in pieces],
-                                                                  1), "seed", "unused"
+        lse = torch.cat([lse[0].float() for _, lse in pieces], 1)
+        return torch.cat([back(o) for o, _ in pieces]), lse, "seed", "unused"
 
     def flash_backward(g, q, k, v, o, lse, ends, longest, options, state):
         assert state == ["seed", "unused"] and lse.dtype == torch.float32
@@ -321,8 +322,8 @@ def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound)
     def through(q, k, v, segments, window, sinks):
         if dtype == torch.bfloat16:
             return attention._attend_cuda(q, k, v, segments, window, 8 ** -0.5, sinks)
-        k, v, ends = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2), torch.tensor([0, 5, 12, 14, 15, 24],
-                                                                                        dtype=torch.int32)
+        k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+        ends = torch.tensor([0, 5, 12, 14, 15, 24], dtype=torch.int32)
         return attention._FlashWithSinks.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window,
                                                8 ** -0.5).view_as(q)
 
@@ -348,8 +349,6 @@ def test_cuda_sinks_are_an_operator_of_torch_with_these_arguments(monkeypatch, w
 def test_errors_say_what_does_not_fit():
     q, k, v = tensors(1, 4, 4, 2, 4)
     segments = segments_of([4])
-    with pytest.raises(NotImplementedError, match="cache="):
-        attend(q, k, v, segments=segments, cache=object())
     for options in ({"window": 0}, {"sinks": torch.zeros(3)}, {"segments": segments_of([4], [4])}):
         with pytest.raises(ValueError, match=next(iter(options))):
             attend(q, k, v, **({"segments": segments} | options))

@@ -53,8 +53,8 @@ def test_loss_and_gradients_are_the_formulas(T, V, D, z_loss, needs):
 
 def test_logprobs_and_gradients_are_the_formulas(small_chunks):
     x, weight, labels, weights = drawn(23, 17, 6)
-    got, expected, g = token_logprobs(x, weight, labels), (x @ weight.T).log_softmax(-1)[torch.arange(23),
-                                                                                         labels], weights.double()
+    got, g = token_logprobs(x, weight, labels), weights.double()
+    expected = (x @ weight.T).log_softmax(-1)[torch.arange(23), labels]
     torch.testing.assert_close(got, expected, rtol=EXACT, atol=EXACT)
     for a, b in zip(torch.autograd.grad(got, (x, weight), g), torch.autograd.grad(expected, (x, weight), g),
                     strict=True):
@@ -155,7 +155,8 @@ def test_under_torch_func():
     """Per-token gradients by vmap of grad, and a directional derivative."""
     x, weight, labels, weights = (t.detach() for t in drawn(5, 7, 4))
     one = lambda x, weight, label, w: linear_cross_entropy(x[None], weight, label[None], w[None], z_loss=0.1)
-    dx, dweight = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)), in_dims=(0, None, 0, 0))(x, weight, labels, weights)
+    each = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)), in_dims=(0, None, 0, 0))
+    dx, dweight = each(x, weight, labels, weights)
     x.requires_grad_(), weight.requires_grad_()
     expected = torch.autograd.grad(linear_cross_entropy(x, weight, labels, weights, z_loss=0.1), (x, weight))
     for a, b in zip((dx, dweight.sum(0)), expected, strict=True):

@@ -74,8 +74,8 @@ def test_weighted_swiglu_in_bf16_with_wide_weights(monkeypatch):
     """As experts call it: narrow rows, float32 weights. Each of at most four operations rounds by half a unit; sums are
     wide."""
     monkeypatch.setattr(swiglu_kernel, "SMALL", 0)
-    inputs = leaf(6, 8, dtype=torch.bfloat16), leaf(6, 8, seed=1, dtype=torch.bfloat16), leaf(6, seed=2,
-                                                                                              dtype=torch.float32)
+    inputs = (leaf(6, 8, dtype=torch.bfloat16), leaf(6, 8, seed=1, dtype=torch.bfloat16),
+              leaf(6, seed=2, dtype=torch.float32))
     exact = [x.detach().double().requires_grad_() for x in inputs]
     got, expected = weighted_swiglu(*inputs), F.silu(exact[0]) * exact[1] * exact[2][:, None]
     g = leaf(6, 8, seed=5, dtype=torch.bfloat16).detach()

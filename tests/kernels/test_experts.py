@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from xtf.kernels import experts as kernel
 from xtf.kernels import swiglu
-from xtf.kernels.experts import arrive, collect, combine, dispatch, grouped_linear, home, plan, spread
+from xtf.kernels.experts import announce, arrive, collect, combine, dispatch, grouped_linear, home, spread
 from xtf.kernels.swiglu import weighted_swiglu
 
 EXACT = 1e-12                                                      # float64, sums of at most 20 terms of size 10
@@ -23,7 +23,7 @@ def leaf(*shape, seed=0, dtype=torch.float64):
 
 def layer(x_TD, weights_TK, up, down, experts_TK):
     """Two products with a nonlinearity between; the weight multiplies the outputs, since there is a bias."""
-    rows = arrive(dispatch(x_TD, weights_TK, plan(experts_TK, len(up["weight"]))))
+    rows = arrive(dispatch(x_TD, weights_TK, announce(experts_TK, len(up["weight"]))))
     h = torch.tanh(grouped_linear(rows.x_ND, up, rows.offsets_E, ("embed", "mlp")))
     y_ND = grouped_linear(h, down, rows.offsets_E, ("mlp", "embed"))
     return home(combine(y_ND * rows.weights_N[:, None], rows))
@@ -49,7 +49,8 @@ def assert_same(got, expected, leaves, tolerance=EXACT):
 def test_the_layer_is_the_dense_formula(T, K, E, bias, data):
     choices = data.draw(st.lists(st.permutations(range(E)).map(lambda p: [*p, *[-1] * K][:K]), min_size=T, max_size=T))
     gone = data.draw(st.lists(st.booleans(), min_size=T * K, max_size=T * K))
-    experts_TK = torch.tensor(choices, dtype=torch.int64).view(T, K).masked_fill(torch.tensor(gone, dtype=torch.bool).view(T, K), -1)
+    gone_TK = torch.tensor(gone, dtype=torch.bool).view(T, K)
+    experts_TK = torch.tensor(choices, dtype=torch.int64).view(T, K).masked_fill(gone_TK, -1)
     up, down = {"weight": leaf(E, 4, 3)}, {"weight": leaf(E, 3, 4)}
     if bias:
         up, down = up | {"bias": leaf(E, 4)}, down | {"bias": leaf(E, 3)}
@@ -63,7 +64,7 @@ PAIRS = 9
 
 def gated(x_TD, weights_TK, gate, gate_bias, up, down, experts_TK=EXPERTS_TK):
     """As Qwen3-MoE has it: the weight multiplies the narrow rows."""
-    rows = arrive(dispatch(x_TD, weights_TK, plan(experts_TK, len(gate))))
+    rows = arrive(dispatch(x_TD, weights_TK, announce(experts_TK, len(gate))))
     both = (grouped_linear(rows.x_ND, node, rows.offsets_E)
             for node in ({"weight": gate, "bias": gate_bias}, {"weight": up}))
     return home(combine(grouped_linear(weighted_swiglu(*both, rows.weights_N), {"weight": down}, rows.offsets_E), rows))
@@ -121,7 +122,8 @@ def test_flops_are_those_of_the_pairs(experts_TK):
         y = gated(*leaves, experts_TK)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    assert forward.get_total_flops() == 3 * 2 * pairs * 8 * 8 and backward.get_total_flops() == 2 * forward.get_total_flops()
+    assert forward.get_total_flops() == 3 * 2 * pairs * 8 * 8
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
     frozen = [x.detach().requires_grad_(x.dim() == 2) for x in leaves]
     with FlopCounterMode(display=False) as backward:
         gated(*frozen, experts_TK).sum().backward()
@@ -162,8 +164,9 @@ def test_fake_tensors_have_the_shapes_of_real_ones(dtype):
 def test_every_choice_takes_the_same_memory():
     """Of all tokens to two experts, to nobody, or to all alike: the rows' shapes do not tell."""
     shapes = lambda e: [tuple(x.shape) for x in (lambda rows: (rows.x_ND, rows.weights_N, rows.offsets_E))(
-        arrive(dispatch(leaf(6, 8), leaf(6, 2), plan(e, 4))))]
-    assert shapes(EXPERTS_TK) == shapes(torch.full((6, 2), -1)) == shapes(torch.tensor([[2, 0]]).expand(6, 2)) == [(12, 8), (12,), (4,)]
+        arrive(dispatch(leaf(6, 8), leaf(6, 2), announce(e, 4))))]
+    nobody, two = torch.full((6, 2), -1), torch.tensor([[2, 0]]).expand(6, 2)
+    assert shapes(EXPERTS_TK) == shapes(nobody) == shapes(two) == [(12, 8), (12,), (4,)]
 
 
 # ---------------------------------------------------------------- the moves
@@ -205,13 +208,13 @@ NARROW = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (to
 def test_narrow_products_lose_no_more_than_their_rounding(monkeypatch, dtype, computed):
     monkeypatch.setattr(kernel, "product_dtype", lambda *_: computed)
     x, weight, bias = leaf(12, 8, dtype=dtype), leaf(4, 8, 8, dtype=dtype), leaf(4, 8, dtype=dtype)
-    offsets, g = plan(EXPERTS_TK, 4).offsets_E, leaf(12, 8, seed=9, dtype=dtype).detach()
+    offsets, g = announce(EXPERTS_TK, 4).offsets_E, leaf(12, 8, seed=9, dtype=dtype).detach()
     got = grouped_linear(x, {"weight": weight, "bias": bias}, offsets)
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = kernel.reference_grouped_linear(*wide, offsets)
     sizes = kernel.reference_grouped_linear(*(t.abs() for t in wide), offsets)  # of the terms that are summed
-    gradients = torch.autograd.grad(got, (x, weight, bias), g), torch.autograd.grad(expected, wide, g.double(),
-                                                                                    retain_graph=True)
+    gradients = (torch.autograd.grad(got, (x, weight, bias), g),
+                 torch.autograd.grad(expected, wide, g.double(), retain_graph=True))
     magnitudes = [d.abs() for d in torch.autograd.grad(sizes, wide, g.double().abs())]
     unit = torch.finfo(dtype).eps  # a product's rounding, and the result's
     for a, b, size in zip([got, *gradients[0]], [expected, *gradients[1]], [sizes, *magnitudes], strict=True):
@@ -258,7 +261,7 @@ def test_rows_past_the_last_offset_are_zeros_whatever_they_hold():
 
 def test_operators_are_sound():
     """torch's own checks: schemas, fake kernels, autograd registration, aot dispatch with dynamic shapes."""
-    p = plan(EXPERTS_TK, 4)
+    p = announce(EXPERTS_TK, 4)
     x, weight, bias, g = leaf(12, 8), leaf(4, 8, 8), leaf(4, 8), leaf(12, 8, seed=3).detach()
     check = torch.library.opcheck
     check(torch.ops.xtf.spread.default, (leaf(6, 8), p.pairs_N // 2, p.where_TK))
@@ -275,4 +278,4 @@ def test_errors_say_what_does_not_fit():
         grouped_linear(torch.ones(4, 2), {"weight": torch.ones(3, 3, 2)}, torch.tensor([1, 2]), ("embed", "mlp"))
     for experts in ([[0, 3]], [[-2, 0]]):
         with pytest.raises(ValueError, match="there are 3 experts"):
-            plan(torch.tensor(experts), 3)
+            announce(torch.tensor(experts), 3)

@@ -106,8 +106,8 @@ def test_under_torch_func_and_compile():
     x, weight, g = drawn(4, 8)
     expected = torch.autograd.grad(rms_norm(x, weight, 1e-3), (x, weight), g)
     one = lambda x, weight, g: (rms_norm(x, weight, 1e-3) * g).sum()
-    dx, dweight = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)), in_dims=(0, None, 0))(x.detach(),
-                                                                                              weight.detach(), g)
+    each = torch.func.vmap(torch.func.grad(one, argnums=(0, 1)), in_dims=(0, None, 0))
+    dx, dweight = each(x.detach(), weight.detach(), g)
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
     for got in ((dx, dweight.sum(0)), torch.autograd.grad(compiled(x, weight, 1e-3), (x, weight), g)):
         for a, b in zip(got, expected, strict=True):
@@ -133,7 +133,8 @@ def test_triton_kernels_in_the_interpreter():
 
 
 def test_the_canary_sees_that_the_interpreter_as_shipped_is_wrong():
-    assert interpreted("as-shipped").returncode == 3, "if Triton has mended its interpreter, `repair` in interpreted.py can go"
+    mended = "if Triton has mended its interpreter, `repair` in interpreted.py can go"
+    assert interpreted("as-shipped").returncode == 3, mended
 
 
 def compiled_for_hopper(fn, types: dict[str, str], constants: dict, num_warps: int) -> tuple[int, str]:

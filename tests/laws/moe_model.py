@@ -29,6 +29,9 @@ CONFIGS = {
     | {"model_type": "kimi_k2", "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "routed_scaling_factor": 2.8,
        "norm_topk_prob": True, "num_nextn_predict_layers": 0},
 }
+NUMBER = ("num_experts", "num_local_experts", "n_routed_experts")
+# three and six ranks divide six experts
+CONFIGS |= {f"{name} of six": hf | {field: 6 for field in NUMBER if field in hf} for name, hf in CONFIGS.items()}
 opt = chain(clip_by_global_norm(0.5), adamw(1e-2))
 
 
@@ -39,7 +42,7 @@ def family(name: str, dtype: torch.dtype = torch.float64):
     cfg = module.config(hf)
     specs = module.specs(cfg, dtype)
     layers = sum("router" in layer for layer in [*specs["layers"], *specs.get("mtp", [])])
-    return module, cfg, specs, {"counts": torch.zeros(layers, EXPERTS, dtype=dtype)}
+    return module, cfg, specs, {"counts": torch.zeros(layers, cfg.router.num_experts, dtype=dtype)}
 
 
 def everybody_to_the_same(cfg, batch, layers):
@@ -67,4 +70,5 @@ def step(state, batch, ops=xtf.LOCAL, *, name, k=1, over="document", same=False,
     updates, new = opt.update(grads, state.opt, state.params, ops)
     if cfg.router.score == "sigmoid":
         updates = moe.correct(updates, state.params, sums["counts"], 1e-3, ops)
-    return state.apply(updates, new, {"counts": sums["counts"].to(state.extra["counts"].dtype)}), {"loss": loss, **moe.metrics(sums)}
+    extra = {"counts": sums["counts"].to(state.extra["counts"].dtype)}
+    return state.apply(updates, new, extra), {"loss": loss, **moe.metrics(sums)}

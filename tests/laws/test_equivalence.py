@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import find
+from hypothesis.errors import NoSuchExample
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import xtf
@@ -14,9 +16,9 @@ from tests import outsider
 from xtf import tree
 from xtf.data.batch import Batch
 from xtf.layout import local
-from xtf.parallel import fsdp, ulysses
+from xtf.parallel import ep, fsdp, ulysses
 from xtf.testing import Layout, assert_equivalent, layouts, token_batches
-from xtf.transforms import bf16, jit
+from xtf.transforms import bf16, fp64, jit, lora, overlap, remat
 
 USER = {"specs": outsider.specs(), "opt": outsider.opt, "vocab_size": outsider.V}
 
@@ -112,6 +114,51 @@ def test_frozen_uneven_and_tiny_leaves():
     """Everything but the second layer frozen; widths that two ranks do not divide are in the model (V = 13)."""
     specs = tree.map_with_path(lambda path, p: replace(p, trainable=path.startswith("layers.1")), outsider.specs())
     assert_equivalent(outsider.step, layouts(4), examples=12, tolerance=1e-12, **{**USER, "specs": specs})
+
+
+def freeze():
+    """A user's transform, before fsdp: everything but the second layer stays as it is."""
+    frozen = lambda path, p: replace(p, trainable=path.startswith("layers.1"))
+    return xtf.Transform("freeze", 5, specs=lambda specs: tree.map_with_path(frozen, specs))
+
+
+def louder(stage):
+    """A user's transform of products, at any stage: another function, on one process too."""
+    def wrap(ops, env):
+        return replace(ops, linear=lambda x, node, axes: 1.5 * ops.linear(x, node, axes))
+    return xtf.Transform("louder", stage, wrap)
+
+
+def narrow():
+    """A user's precision: products by weights rounded to float32 in a float64 model, gradients straight through."""
+    rounded = lambda w: w + (w.float().to(w.dtype) - w).detach()
+    return xtf.Transform("narrow", xtf.Stage.PRECISION, wrap=lambda ops, env: replace(
+        ops, linear=lambda x, node, axes: ops.linear(x, {k: rounded(w) for k, w in node.items()}, axes)))
+
+
+@pytest.mark.parametrize("extra", [(freeze,), *((partial(louder, stage),) for stage in (0, 7, 15, 33, 45, 70)),
+                                   (narrow, freeze, partial(louder, 31))])
+def test_what_needs_no_mesh_is_a_part_of_the_function(extra):
+    """Whatever its stage: the one process that layouts are compared with is given it too."""
+    assert not any(f().needs_mesh for f in extra)
+    drawn = layouts(6).map(lambda layout: replace(layout, extra=extra))
+    assert_equivalent(outsider.step, drawn, examples=4, tolerance=1e-12, **USER)
+    run = xtf.shard(outsider.step, *[f() for f in extra], specs=USER["specs"])
+    if freeze in extra:
+        assert {p.trainable for path, p in tree.flatten_with_path(run.specs) if "layers.1" not in path} == {False}
+
+
+def test_what_places_leaves_is_no_part_of_it():
+    assert all(t.needs_mesh for t in (fsdp("dp"), ulysses("sp"), ep("ep")))
+    assert not any(t.needs_mesh for t in (bf16(), fp64(), jit(), lora(2), overlap(), remat()))
+
+
+def test_layouts_of_three_and_six_ranks_are_drawn():
+    drawn = lambda wanted, **kw: find(layouts(8, **kw), lambda layout: layout.num_ranks == wanted)
+    assert [drawn(n).num_ranks for n in (1, 2, 3, 4, 6, 8)] == [1, 2, 3, 4, 6, 8]
+    assert drawn(6, axes=["sp"], max_sp=12).sizes == {"sp": 6}
+    with pytest.raises(NoSuchExample):
+        drawn(3, axes=["sp"], max_sp=4)                      # three ranks do not divide four heads
 
 
 def test_a_step_without_tokens_changes_nothing_by_the_loss():

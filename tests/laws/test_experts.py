@@ -42,7 +42,7 @@ def drawn(max_ranks):
     @given(st.data())
     def law(data):
         name = data.draw(st.sampled_from(list(M.CONFIGS)), label="model")
-        layout = data.draw(layouts(max_ranks, experts=M.EXPERTS), label="layout")
+        layout = data.draw(layouts(max_ranks, experts=M.family(name)[1].router.num_experts), label="layout")
         k = data.draw(st.sampled_from([1, 2]), label="micro-batches")
         batch = data.draw(token_batches(M.VOCAB, max_packs=1, multiple=k)(layout), label="batch")
         over = data.draw(st.sampled_from(["document", "batch"]), label="balance over")
@@ -70,10 +70,19 @@ def a_batch(P=8, T=8):
     """Packs of a document of 3 tokens and one that crosses the middle, some ending in padding."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(M.VOCAB, (P, T), generator=g)
-    lengths = torch.tensor([T, T - 1, T, 3, T, T, T, T])[:P]
+    lengths = torch.tensor([T, T - 1, T, 3, T, T, T, T] * 2)[:P]
     mask = (torch.arange(T) < lengths[:, None]).float()
     positions = torch.tensor([*range(3), *range(T - 3)]).expand(P, T)
     return Batch(ids, ids.roll(-1, 1), mask, positions, torch.tensor([[0, 3, T, T]] * P, dtype=torch.int32), lengths)
+
+
+@pytest.mark.parametrize("layout", [
+    Layout((("ep", 3),), ("ep",), experts="ep"), Layout((("dp", 3),), ("dp",), experts="dp", overlap=True),
+    Layout((("dp", 2), ("ep", 3)), ("dp", "ep"), experts="ep", remat=()),
+    Layout((("ep", 3), ("sp", 2)), ("sp",), experts="ep")])
+@pytest.mark.parametrize("name", ["deepseek_v3 of six", "gpt_oss of six"])
+def test_three_and_six_ranks(name, layout):
+    assert_same(name, layout, a_batch(12), k=1 if layout.overlap else 2)
 
 
 @pytest.mark.parametrize("experts", ["", "ep"])
@@ -116,6 +125,8 @@ def test_a_balance_of_local_means_is_caught():
 def whole_sinks():
     """Every rank of sp uses the first heads' sinks."""
     def wrap(ops, env):
+        if env.size("sp") == 1:                              # a mistake of layouts, not another function
+            return ops
         first = lambda q, k, v, sinks=None, **kw: ops.attend(q, k, v, sinks=None if sinks is None
                                                              else torch.cat([sinks[:q.shape[2] // 2]] * 2), **kw)
         return replace(ops, attend=first)
@@ -128,9 +139,11 @@ def test_a_sink_not_split_under_sp_is_caught():
 
 def padding_for_experts():
     """Padding is sent to an expert."""
-    return xtf.Transform("padding",
-                         26, lambda ops, env: replace(ops,
-                                                      plan=lambda experts_TK, E: ops.plan(experts_TK.clamp(min=0), E)))
+    def wrap(ops, env):
+        if env.size("ep") == 1:
+            return ops
+        return replace(ops, announce=lambda experts_TK, E: ops.announce(experts_TK.clamp(min=0), E))
+    return xtf.Transform("padding", 26, wrap)
 
 
 def test_padding_for_experts_changes_nothing_but_work():
@@ -325,7 +338,8 @@ def test_an_even_and_a_lopsided_step_keep_what_the_docs_say():
     D, width, tokens = cfg.hidden_size, cfg.moe_intermediate_size, int(batch.lengths.sum())
     even = on_ranks(2, kept_for_backward, batch, (("ep", 2),), evenly)
     lopsided = on_ranks(2, kept_for_backward, batch, (("ep", 2),), to_the_first_half)
-    assert [pairs for _, pairs, _ in even] == [tokens, tokens] and [pairs for _, pairs, _ in lopsided] == [2 * tokens, 0]
+    assert [pairs for _, pairs, _ in even] == [tokens, tokens]
+    assert [pairs for _, pairs, _ in lopsided] == [2 * tokens, 0]
     here = [int(batch.lengths[r::2].sum()) for r in range(2)]
     for (before, _, _), (after, _, _), more, tokens_here in zip(even, lopsided, (tokens, -tokens), here, strict=True):
         # less, for each row that is sent no longer, a byte for each of its 2 ids

@@ -121,7 +121,8 @@ def run(tx, name, dtype=torch.float64, **mistake):
             if key and x is not None:
                 want = [Replicate() if path.endswith("scales") and p == Shard(len(SHAPES[key]) - 1) else p
                         for p in params[key].placements]
-                assert isinstance(x, DTensor) and list(x.placements) == want and x.device_mesh == params[key].device_mesh, path
+                assert isinstance(x, DTensor) and list(x.placements) == want, path
+                assert x.device_mesh == params[key].device_mesh, path
     whole = lambda x: x.detach().full_tensor() if isinstance(x, DTensor) else x
     return tree.tree_map(whole, (params, state, average))
 

@@ -117,7 +117,8 @@ def hf_model(hf: dict, seed: int = 0) -> torch.nn.Module:
 def load(model: torch.nn.Module, module, cfg, dtype: torch.dtype = torch.float32):
     """transformers' weights as our parameter tree."""
     state, names = model.state_dict(), module.names(cfg)
-    return tree.map_with_path(lambda path, p: state[names[path]].detach().to(dtype).reshape(p.shape).clone().requires_grad_(), module.specs(cfg))
+    ours = lambda path, p: state[names[path]].detach().to(dtype).reshape(p.shape).clone().requires_grad_()
+    return tree.map_with_path(ours, module.specs(cfg))
 
 
 def hf_logits_and_grads(model: torch.nn.Module, seqs: list[list[int]]) -> tuple[list[torch.Tensor],
@@ -150,8 +151,8 @@ def rounding(model: torch.nn.Module, seqs: list[list[int]]) -> tuple[list[float]
             p.mul_(1 + 4 * torch.finfo(p.dtype).eps * torch.randn(p.shape, generator=generator))
     moved_logits, moved = hf_logits_and_grads(model, seqs)
     model.load_state_dict(before, strict=False)
-    return [deviation(a, b) for a, b in zip(moved_logits, logits, strict=True)], {name: deviation(moved[name], g)
-                                                                                  for name, g in grads.items()}
+    return ([deviation(a, b) for a, b in zip(moved_logits, logits, strict=True)],
+            {name: deviation(moved[name], g) for name, g in grads.items()})
 
 
 def family(hf: dict):

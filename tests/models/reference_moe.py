@@ -121,8 +121,8 @@ def rounding(model: torch.nn.Module, seqs: list[list[int]], module, cfg) -> dict
     moved_logits, moved = R.hf_logits_and_grads(model, seqs)
     model.load_state_dict(params, strict=False)
     before, after = (by_expert(leaves(g, module, cfg)) for g in (grads, moved))
-    return dict(enumerate(map(R.deviation, moved_logits, logits))) | {key: R.deviation(after[key], g)
-                                                                      for key, g in before.items()}
+    found = dict(enumerate(map(R.deviation, moved_logits, logits)))
+    return found | {key: R.deviation(after[key], g) for key, g in before.items()}
 
 
 @contextmanager
@@ -134,7 +134,9 @@ def told(model: torch.nn.Module, routes: list[torch.Tensor], cfg) -> Iterator[No
             if cfg.router.score == "softmax_top_k":
                 return logits_TE, logits_TE.gather(1, experts_TK).softmax(-1), experts_TK
             weights_TK = logits_TE.softmax(-1).gather(1, experts_TK)
-            return logits_TE, weights_TK / weights_TK.sum(-1, keepdim=True) if cfg.router.normalise else weights_TK, experts_TK
+            if cfg.router.normalise:
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            return logits_TE, weights_TK, experts_TK
         return hook
 
     routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]

@@ -174,7 +174,8 @@ def test_from_hf(tmp_path):
             models.from_hf(tmp_path)
     file.write_text(json.dumps(SMOLLM2))
     module, cfg = models.from_hf(str(tmp_path))
-    assert module is models.llama and cfg.head_dim == 64 and cfg.rope == nn.Rope(rope_theta=100000.0) and cfg.pad_token_id == 2
+    assert module is models.llama and cfg.head_dim == 64
+    assert cfg.rope == nn.Rope(rope_theta=100000.0) and cfg.pad_token_id == 2
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -91,7 +91,9 @@ def drawn(model: torch.nn.Module, hf: dict, seed: int = 0, skewed: bool = False)
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction" in n)]:
             noise = torch.randn(p.shape, generator=generator)
-            scale = 1.0 if "embed" in name and not hf["tie_word_embeddings"] else 0.3 if p.ndim == 1 else p.shape[-1] ** -0.5
+            scale = 0.3 if p.ndim == 1 else p.shape[-1] ** -0.5
+            if "embed" in name and not hf["tie_word_embeddings"]:
+                scale = 1.0
             p.copy_(noise * scale + ("norm" in name))
             if "correction" in name and skewed:
                 p[:hf["num_experts_per_tok"]] += 10
@@ -121,8 +123,8 @@ def load(model: torch.nn.Module, cfg, dtype: torch.dtype = torch.float32):
     def leaf(path: str, p: xtf.Param) -> torch.Tensor:
         if path not in values:
             noise = torch.randn(p.shape, generator=generator)
-            values[path] = 1 + 0.3 * noise if "norm" in path else noise * (p.shape[-1] ** -0.5 if len(p.shape) > 1
-                                                                           else 0.3)
+            scale = p.shape[-1] ** -0.5 if len(p.shape) > 1 else 0.3
+            values[path] = 1 + 0.3 * noise if "norm" in path else scale * noise
         return values[path].detach().to(dtype).clone().requires_grad_(p.trainable)
     return tree.map_with_path(leaf, deepseek_v3.specs(cfg))
 
@@ -186,8 +188,8 @@ def test_logits_and_gradients_equal_transformers(skewed, data):
     off = {key: R.deviation(got[key], x) for key, x in want.items()}
     if max(off.values()) > BOUND:                  # a few draws are so ill-conditioned that float32 cannot do it
         allowed = {key: R.deviation(x, want[key]) for key, x in rounding(model, seqs, cfg).items()}
-        assert all(x <= max(BOUND, allowed[key]) for key, x in off.items()), {k: (x, allowed[k]) for k, x in off.items()
-                                                                              if x > BOUND}
+        beyond = {k: (x, allowed[k]) for k, x in off.items() if x > BOUND}
+        assert all(x <= max(BOUND, allowed[key]) for key, x in off.items()), beyond
 
 
 def test_the_latents_norms_keep_their_own_epsilon():
@@ -227,8 +229,8 @@ def test_without_shared_experts():
         del layer["shared"]
     for number in (None, 0):
         cfg = deepseek_v3.config(SMALL | {"n_shared_experts": number})
-        assert tree.tree_map(lambda p: p.shape, deepseek_v3.specs(cfg)) == tree.tree_map(lambda p: tuple(p.shape),
-                                                                                         params)
+        shapes = lambda t: tree.tree_map(lambda p: tuple(p.shape), t)
+        assert shapes(deepseek_v3.specs(cfg)) == shapes(params)
         torch.testing.assert_close(deepseek_v3.forward(params, batch, cfg), want, rtol=0, atol=0)
 
 

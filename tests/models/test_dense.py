@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import xtf
 from tests.models import reference as R
-from xtf import tree
+from xtf import models, tree
 from xtf.kernels.attention import reference_attend, visible
 
 FAMILIES = ["qwen3", "qwen2", "llama"]
@@ -109,16 +109,25 @@ def test_flops(name, data):
     T, ops = batch.input_ids.shape[1], replace(xtf.LOCAL, attend=reference_attend)
     with FlopCounterMode(display=False) as forward:
         module.forward(params, batch, cfg, ops)
-    windows = getattr(cfg, "windows", [None] * cfg.num_hidden_layers)
     pair = 4 * cfg.num_attention_heads * cfg.head_dim
-    dense, seen = pair * T * T * cfg.num_hidden_layers, pair * sum(int(visible(batch.segments, T, w).sum())
-                                                                   for w in windows)
+    dense = pair * T * T * cfg.num_hidden_layers
+    seen = pair * sum(int(visible(batch.segments, T, w).sum()) for w in cfg.windows)
     assert forward.get_total_flops() - dense + seen == module.flops(cfg, [T])
     assert module.flops(cfg, [T, 5]) == module.flops(cfg, [T]) + module.flops(cfg, [5])
     with FlopCounterMode(display=False) as both:
-        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params,
-                                                                      replace(batch, loss_mask=torch.ones(1, T)), ops)
+        whole = replace(batch, loss_mask=torch.ones(1, T))
+        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params, whole, ops)
     assert both.get_total_flops() == 3 * forward.get_total_flops()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_family_has_the_same_functions(name):
+    """Whether they are its own or shared."""
+    module = models.FAMILIES[name]
+    wanted = ["block", "config", "decoder", "flops", "forward", "hidden", "loss", "names", "specs", "token_losses"]
+    wanted += ["loss_and_routing"] * hasattr(module.Config, "router")
+    assert all(getattr(module, function).__doc__ for function in wanted)
+    assert set(wanted) <= set(getattr(module, "__all__", wanted))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

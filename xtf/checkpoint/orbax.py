@@ -28,8 +28,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
 
 def handler(write: Callable[[Path], Awaitable[None]]) -> Any:
-    """The handler of a tree of `Leaf`: calls `write(folder)` once, where Orbax would write the arrays, and merges what
-    is there then."""
+    """The handler of a tree of `Leaf`: calls `write(folder)` where Orbax would write the arrays, and merges them."""
     registry = ocp.type_handlers.create_type_handler_registry((Leaf, _Handler(write)),
                                                               (jax.Array, ocp.type_handlers.ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)

@@ -1,5 +1,4 @@
-"""A checkpoint's arrays in and out: zarr3 chunks with checksums in an OCDBT store, by tensorstore alone (no JAX, no
-Orbax).
+"""A checkpoint's arrays in and out: zarr3 chunks with checksums in an OCDBT store, by tensorstore alone, without JAX.
 
 Every rank writes its own parts under `ocdbt.process_RANK`; whoever commits the checkpoint merges these stores into one,
 which refers to their files. Two rules keep that merge right: no chunk has two writers (the merge would keep one of
@@ -30,8 +29,7 @@ class Leaf:
 
 
 class Part(NamedTuple):
-    """What one rank writes of a leaf: `values` at `offset` of an array of `shape` that is cut into chunks of
-    `chunk`."""
+    """What one rank writes of a leaf: `values` at `offset` of an array of `shape`, cut into chunks of `chunk`."""
     name: str
     values: np.ndarray
     shape: Shape
@@ -115,8 +113,7 @@ def parts(leaves: Mapping[str, torch.Tensor], rank: int, world: int,
 
 
 def on_host(buffers: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    """A copy of `x` in the buffer of that name (pinned for an accelerator, whose copy is under way when this
-    returns)."""
+    """A copy of `x` in the buffer of that name (pinned for an accelerator, whose copy is then still under way)."""
     if name not in buffers or buffers[name].shape != x.shape or buffers[name].dtype != x.dtype:
         buffers[name] = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type != "cpu")
     return buffers[name].copy_(x, non_blocking=True)
@@ -151,15 +148,17 @@ def _boundaries(n: int, cuts: Sequence[int]) -> list[int]:
 
 
 def _chunk(grid: Shape, x: torch.Tensor) -> Shape:
-    """At most CHUNK_BYTES if that is to be had, leading dims cut first. A dim that ranks divide is cut by a divisor of
-    their rows."""
+    """At most CHUNK_BYTES if that is to be had, leading dims cut first.
+
+    A dim that ranks divide is cut by a divisor of their rows.
+    """
     chunk = [max(1, n) for n in grid]
     for dim, rows in enumerate(chunk):
         pieces = -(-math.prod(chunk) * x.element_size() // CHUNK_BYTES)
         if pieces > 1:
             whole = grid[dim] == x.shape[dim]
-            fits = (-(-rows // k) for k in range(min(pieces, rows), min(4 * pieces, rows) + 1) if whole
-                    or rows % k == 0)
+            fits = (-(-rows // k) for k in range(min(pieces, rows), min(4 * pieces, rows) + 1)
+                    if whole or rows % k == 0)
             chunk[dim] = next(fits, rows)  # no divisor near: the next dim, rather than tiny chunks
     return tuple(chunk)
 
@@ -235,8 +234,8 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
     both = [name for name in leaves if name in stored]
     arrays = dict(zip(both, await _all(map(look, both)), strict=True))
     wrong = [f"{n} is {a.dtype.name} {list(a.shape)} in the checkpoint, {dtype_name(x.dtype)} {list(x.shape)} here"
-             for n, a in arrays.items() for x in [leaves[n]] if tuple(a.shape) != tuple(x.shape)
-             or a.dtype.name != dtype_name(x.dtype)]
+             for n, a in arrays.items() for x in [leaves[n]]
+             if tuple(a.shape) != tuple(x.shape) or a.dtype.name != dtype_name(x.dtype)]
     wrong = [*_several("only here", [n for n in leaves if n not in stored]),
              *_several("only in the checkpoint", sorted(stored - leaves.keys())), *wrong[:5],
              *[f"and {len(wrong) - 5} more"][:len(wrong) > 5]]
@@ -271,8 +270,9 @@ async def read(folder: Path, leaves: Mapping[str, torch.Tensor], prefix: str = "
 
 
 def _several(what: str, names: list[str]) -> list[str]:
-    return [f"{what}: " + ", ".join(names[:5])
-            + (f" and {len(names) - 5} more" if len(names) > 5 else "")] if names else []
+    if not names:
+        return []
+    return [f"{what}: " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")]
 
 
 async def _all(coroutines: Iterable[Any]) -> list[Any]:

@@ -1,19 +1,20 @@
 """From flags to what a recipe works with: mesh, transforms, parameters, tokenizer and data."""
 import math
-import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf import device, peft, tree
-from xtf.cli.flags import ExpertFlags, Flags
-from xtf.data import Batch, Encoder, Loader, open_data
+from xtf import device, init, models, peft, tree
+from xtf.cli.flags import ExpertFlags, Flags, PretrainFlags
+from xtf.cli.ranks import on_device, say
+from xtf.data import Encoder, Loader, open_data
 from xtf.data.tokenizer import load as load_tokenizer
-from xtf.layout import PACK_AXES, parse_mesh
-from xtf.parallel import Overflow, ep, exact, fsdp, is_main, mesh, static, ulysses
+from xtf.layout import PACK_AXES, parse_mesh, table
+from xtf.parallel import ep, exact, fsdp, is_main, mesh, static, ulysses
 from xtf.transform import Transform
 from xtf.transforms import bf16, fp64, jit, lora, overlap, remat
 
@@ -37,6 +38,17 @@ def start(flags: Flags) -> DeviceMesh | None:
         raise ValueError(f"--overlap: a rank has {packs // ranks} packs a step, an odd number; change --batch-tokens "
                          "or --mesh")
     return made
+
+
+def model(flags: Flags, *families: ModuleType, other: str) -> tuple[ModuleType, Any]:
+    """(the family's module, the decoded config) of --model.
+
+    Raises ValueError where it is none of `families`, with `other` as what to say of it, and as `models.from_hf`.
+    """
+    module, cfg = models.from_hf(flags.model, say)
+    if module not in families:
+        raise ValueError(f"--model {flags.model}: {module.__name__} {other}")
+    return module, cfg
 
 
 def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
@@ -70,8 +82,12 @@ def adapter(flags: Flags) -> Any:
 def load(flags: Flags, step: Any, names: Mapping[str, str]) -> tree.Tree:
     """The parameters of a sharded step: the weights of --model, and with --lora adapters as they are drawn.
 
+    In pre-training all are drawn if --from-scratch says so, or --model has no weights.
+
     Raises ValueError or OSError naming what is wrong with the files.
     """
+    if isinstance(flags, PretrainFlags) and (flags.from_scratch or not any(Path(flags.model).glob("*.safetensors"))):
+        return on_device(init(step.specs, flags.seed, step.layout))
     return on_device(peft.start(flags.model, step.specs, names, step.layout, flags.seed))
 
 
@@ -80,9 +96,9 @@ def tokenizer(flags: Flags) -> Any:
     return load_tokenizer(flags.model, flags.trust_remote_code)
 
 
-def data(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[Loader, Any]:
-    """(the loader of training data, held-out data for `eval_batches`); rank 0 says what became of the lines."""
-    encoder = Encoder(tokenizer, train_on_everything=flags.train_on_everything, vocab_size=vocab_size)
+def data(flags: Flags, vocab_size: int) -> tuple[Loader, Any]:
+    """(the loader of training data, held-out data for `Run.begin`); rank 0 says what became of the lines."""
+    encoder = Encoder(tokenizer(flags), train_on_everything=flags.train_on_everything, vocab_size=vocab_size)
     train, held_out = open_data(flags.data, encoder, flags.seq_len, eval_data=flags.eval_data,
                                 eval_fraction=flags.eval_fraction, seed=flags.seed, on_bad=flags.on_bad_line, say=say,
                                 folder=flags.cache)
@@ -90,43 +106,14 @@ def data(flags: Flags, tokenizer: Any, vocab_size: int) -> tuple[Loader, Any]:
                   group_by_length=flags.group_by_length), held_out
 
 
-def show(batch: Batch, tokenizer: Any) -> None:
-    """Print a batch on rank 0, its tokens coloured by loss."""
-    if is_main():
-        from xtf.data.show import show
-        show(batch, tokenizer)
-
-
-def on_device(values: tree.Tree) -> tree.Tree:
-    """The tree on this process's device; DTensors are there already."""
-    where = device.device()
-    move = lambda x: x.detach().to(where, non_blocking=True).requires_grad_(x.requires_grad)
-    return tree.tree_map(lambda x: x if x.device.type == where.type else move(x), values)
-
-
-def say(text: str) -> None:
-    """Print, on rank 0."""
-    if is_main():
-        print(text, flush=True)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a recipe's main; what a user can mend is one line on stderr and exit status 1."""
-    code = 0
-    try:
-        main()
-    except (ValueError, OSError, Overflow) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        code = 1
-    except SystemExit as e:  # a signal's, once all is saved; or flags that are wrong
-        if not isinstance(e.code, int | None):
-            print(e.code, file=sys.stderr, flush=True)
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-    if torch.distributed.is_initialized():
-        if code == 0:
-            torch.distributed.barrier()
-        sys.stdout.flush()
-        # gloo's threads may abort an interpreter that takes itself apart (seen once in 8 runs of two ranks)
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
+def shown(flags: Flags, step: Any, vocab_size: int) -> bool:
+    """Whether --dry-run (what each rank stores) or --show-batch (the first batch, its tokens coloured by loss) asked
+    for a look: rank 0 has printed it, and nothing is to be trained."""
+    if flags.dry_run:
+        say(table(step.specs, step.layout))
+    elif flags.show_batch:
+        batch = data(flags, vocab_size)[0].step(0)
+        if is_main():
+            from xtf.data.show import show
+            show(batch, tokenizer(flags))
+    return flags.dry_run or flags.show_batch

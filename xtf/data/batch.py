@@ -17,8 +17,7 @@ POSITION_AXIS = "sp"                   # ranks that differ in this one hold othe
 
 
 class Sample(NamedTuple):
-    """One document: `ids` int64 [n], and `mask` [n], the weight of the loss on predicting ids[i] from what is before
-    it.
+    """One document: `ids` int64 [n], and `mask` [n], the weight of the loss on predicting ids[i] from those before.
 
     `mask[0]` is never read, since nothing predicts the first token. `source` numbers the conversation that the sample
     is from (-1: none).
@@ -55,8 +54,7 @@ class Batch:
 
 
 def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
-    """One pack (P = 1) of `seq_len` positions from samples that fit into it together; no samples at all make a pack of
-    padding.
+    """One pack (P = 1) of `seq_len` positions from samples that fit into it together; of no samples, all padding.
 
     `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can
     read.
@@ -80,8 +78,8 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
     """
     shape = len(rows), seq_len
     input_ids, labels, loss_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    positions, segments = np.tile(np.arange(seq_len), (len(rows), 1)), np.full((len(rows), max_documents + 1), seq_len,
-                                                                               np.int32)
+    positions = np.tile(np.arange(seq_len), (len(rows), 1))
+    segments = np.full((len(rows), max_documents + 1), seq_len, np.int32)
     lengths = np.zeros(len(rows), np.int64)
     for row, samples in enumerate(rows):
         start = 0
@@ -146,8 +144,7 @@ def cut_positions(batch: Batch, columns: slice) -> Batch:
 
 
 def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice, slice]:
-    """This rank's packs out of `num_packs` (every R-th, from its own number on) and its positions out of `seq_len` (one
-    stretch).
+    """This rank's packs out of `num_packs` (every R-th, from its own number on), its stretch of `seq_len` positions.
 
     The loader sorts a step's packs by cost, so packs dealt in turn cost all ranks the same at each micro-batch, and
     none waits for another.
@@ -175,7 +172,7 @@ def share(num_packs: int, seq_len: int, mesh: DeviceMesh | None) -> tuple[slice,
                              f"of {ranks}")
         return index, ranks
 
-    (row, rows), (column, columns) = place_in(num_packs, "packs", PACK_AXES), place_in(seq_len, "positions",
-                                                                                       (POSITION_AXIS,))
+    row, rows = place_in(num_packs, "packs", PACK_AXES)
+    column, columns = place_in(seq_len, "positions", (POSITION_AXIS,))
     width = seq_len // columns
     return slice(row, num_packs, rows), slice(column * width, (column + 1) * width)

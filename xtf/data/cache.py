@@ -7,7 +7,6 @@ carries loss), `offsets` (int64), `documents` (uint32, the first position that c
 """
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xtf import device
+from xtf import device, lock
 from xtf.data.chat import Bad, BadLine, Encoder, Stats
 from xtf.data.dataset import CARRIES_LOSS, SPLITTABLE, Dataset, Store
 from xtf.data.read import Chunk, records, resolve, split_file
@@ -123,24 +122,8 @@ def _locked(place: Path, say: Say) -> Iterator[Say]:
             return
         raise _unusable(place.parent, e) from e
 
-    def note(text: str) -> None:
-        file.truncate(0)
-        file.write(text)
-        file.flush()
-
-    with file:
-        seen = None
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                file.seek(0)
-                if (doing := file.read()) != seen:
-                    seen = doing
-                    say(f"waiting for another process{f' ({doing})' if doing else ''}")
-                time.sleep(0.1)
-        yield note
+    with lock.hold(file, waiting=lambda doing: say(f"waiting for another process{doing and f' ({doing})'}")):
+        yield lambda text: lock.note(file, text)
 
 
 def _unusable(folder: Path, e: OSError) -> OSError:
@@ -288,7 +271,8 @@ def _sum(a: Stats, b: Stats) -> Stats:
     return Stats(**{name: value + getattr(b, name) for name, value in vars(a).items()})
 
 
-def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path, workers: int) -> Generator[_Encoded, None, None]:
+def _encode_all(chunks: Sequence[Chunk], encoder: Encoder, folder: Path,
+                workers: int) -> Generator[_Encoded, None, None]:
     """What each chunk became, in order, from processes that take the next chunk when they are done with one."""
     if workers <= 1:
         for k, chunk in enumerate(chunks):

@@ -44,8 +44,13 @@ class BadLine(ValueError):
 class Stats:
     """What became of the lines: nothing is left out without being counted here.
 
-    >>> print(Stats(lines=2, samples=2, tokens=90, loss_tokens=40, truncated=1, tokens_dropped=8, notes=Counter(literals=3)))
-    2 samples of 2 lines, 90 tokens, 40 with loss; 1 truncated (8 tokens dropped); 3 control tokens written out in messages, read as text
+    >>> stats = Stats(lines=2, samples=2, tokens=90, loss_tokens=40, truncated=1, tokens_dropped=8)
+    >>> stats.notes["literals"] += 3
+    >>> for part in str(stats).split("; "):
+    ...     print(part)
+    2 samples of 2 lines, 90 tokens, 40 with loss
+    1 truncated (8 tokens dropped)
+    3 control tokens written out in messages, read as text
     """
     lines: int = 0
     bad: int = 0              # lines skipped; the first few reasons are in bad_lines
@@ -59,7 +64,8 @@ class Stats:
     bad_lines: list[BadLine] = field(default_factory=list)
 
     def __str__(self) -> str:
-        text = f"{self.samples:,} samples of {self.lines:,} lines, {self.tokens:,} tokens, {self.loss_tokens:,} with loss"
+        text = f"{self.samples:,} samples of {self.lines:,} lines"
+        text += f", {self.tokens:,} tokens, {self.loss_tokens:,} with loss"
         text += f"; {self.truncated:,} truncated ({self.tokens_dropped:,} tokens dropped)" if self.truncated else ""
         text += f"; {self.without_loss:,} dropped without a token that carries loss" if self.without_loss else ""
         text += "".join(f"; {self.notes[key]:,} {said}" for key, said in NOTES.items() if self.notes[key])
@@ -68,16 +74,17 @@ class Stats:
 
 
 class Encoded(NamedTuple):
-    """One sample, whole: `ids` int32 [n], `mask` bool [n] (False first), `splittable`: a text, split where it is long;
-    others are truncated."""
+    """One sample, whole: `ids` int32 [n], `mask` bool [n] (False first), `splittable`.
+
+    What is splittable, a text, is split where it is long; others are truncated.
+    """
     ids: np.ndarray
     mask: np.ndarray
     splittable: bool
 
 
 class _Pieces(NamedTuple):
-    """Tokens of a rendered text: ids, where each starts and ends in it (int64 [n]), and whether it is a control token
-    (bool [n])."""
+    """Tokens of a rendered text: ids, where each starts and ends in it (int64 [n]), whether it is a control token."""
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
@@ -111,14 +118,16 @@ class Encoder:
     counts: Counter[str] = field(default_factory=Counter, compare=False)
 
     def __call__(self, record: bytes | dict[str, Any]) -> list[Encoded]:
-        """The samples of a raw line or a row. Raises Bad, saying why; ValueError if a conversation meets a tokenizer
-        without template or offsets."""
+        """The samples of a raw line or a row.
+
+        Raises Bad, saying why; ValueError if a conversation meets a tokenizer without template or offsets.
+        """
         what = read(parse(record) if isinstance(record, bytes) else record)
         if isinstance(what, Text):
             return [self._document(self.tokenizer(what.text, verbose=False)["input_ids"])]
         if isinstance(what, Tokens):
-            mask = np.ones(len(what.ids),
-                           bool) if what.labels is None or self.train_on_everything else what.labels != -100
+            whole = what.labels is None or self.train_on_everything
+            mask = np.ones(len(what.ids), bool) if whole else what.labels != -100
             return [self._checked(what.ids, mask, what.labels is None)]
         return [self._checked(ids, mask, False) for ids, mask in self._conversation(what)]
 
@@ -199,14 +208,13 @@ class Encoder:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Control tokens, longest first; tags of reasoning are not: templates look for them in what the assistant
-        says."""
+        """Control tokens, longest first; not tags of reasoning, which templates look for in what the assistant says."""
         names = {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special} - {"<think>", "</think>"}
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     def _template(self, chat: Chat) -> Template:
-        if not getattr(self.tokenizer, "chat_template", None) or not getattr(self.tokenizer, "gives_offsets",
-                                                                             self.tokenizer.is_fast):
+        gives_offsets = getattr(self.tokenizer, "gives_offsets", self.tokenizer.is_fast)
+        if not getattr(self.tokenizer, "chat_template", None) or not gives_offsets:
             raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast "
                              "tokenizer) to read conversations: take the model's Instruct tokenizer, set "
                              "tokenizer.chat_template, or give text")
@@ -237,16 +245,14 @@ class Encoder:
         self.counts["reasoning"] += sum(t.unseen for t in turns)
         self.counts["unmarked"] += sum(not t.spans for t in turns)
         shown = "".join(t.text for t in turns[:-1]) + whole if len(turns) > 1 else whole
+        given = chat.messages[:1 + max(i for i, on in enumerate(chat.loss) if on)] if turns else chat.messages
         self.counts["messages"] += sum(m["role"] in ("system", "developer", "user")
-                                       and m["content"].strip() not in shown
-                                       for m in (chat.messages[:1 + max(i for i, on in enumerate(chat.loss) if on)]
-                                                 if turns else chat.messages))
+                                       and m["content"].strip() not in shown for m in given)
         self.counts["tools"] += bool(chat.tools) and not all(_tool_name(t) in whole for t in chat.tools)
         return out
 
     def _literals(self, chat: Chat) -> tuple[Chat, int, re.Pattern[str] | None]:
-        """The conversation with control tokens in its strings set between marks, their number, and the pattern that
-        finds them again."""
+        """The conversation with control tokens in its strings between marks, how many, the pattern that finds them."""
         found, start, end = 0, "", ""
 
         def mark(value: Any) -> Any:
@@ -269,8 +275,7 @@ class Encoder:
         return marked, number, re.compile(f"{start}([^{start}{end}]*){end}")
 
     def _samples(self, turns: list[Turn], between: re.Pattern[str] | None) -> list[tuple[np.ndarray, np.ndarray]]:
-        """One sample of turns in one text, and one of each turn that would be tokenised differently there than when it
-        was generated."""
+        """One sample of turns in one text, and one of each turn tokenised differently there than when generated."""
         text = turns[-1].text
         whole = self._encode(text, between)
         mask, out = np.zeros(len(whole.ids), bool), []
@@ -278,9 +283,8 @@ class Encoder:
             if self._exact(whole, turn, between):
                 self._mark(mask, whole, turn)
             else:
-                halves = self._encode(turn.text[:turn.start], between), self._encode(turn.text[turn.start:], between,
-                                                                                     turn.start)
-                alone = _joined(list(halves))
+                alone = _joined([self._encode(turn.text[:turn.start], between),
+                                 self._encode(turn.text[turn.start:], between, turn.start)])
                 out.append((alone.ids, np.zeros(len(alone.ids), bool)))
                 self._mark(out[-1][1], alone, turn)
         out += [(whole.ids, mask)] if mask.any() or not out else []
@@ -314,12 +318,11 @@ class Encoder:
             mask[first:last] = True
 
     def _encode(self, text: str, between: re.Pattern[str] | None, at: int = 0) -> _Pieces:
-        """Tokens of rendered text that stands at offset `at` of its sample: what is between marks as plain text, the
-        rest with control tokens."""
+        """Tokens of rendered text at offset `at` of its sample: plain between marks, else with control tokens."""
         pieces = between.split(text) if between else [text]
         marks = (between.pattern[0], between.pattern[-1]) if between else ()
-        if any(mark in piece for piece in pieces for mark in marks) or any(f"\\u{ord(mark):04x}" in text
-                                                                           for mark in marks):
+        left = any(mark in piece for piece in pieces for mark in marks)
+        if left or any(f"\\u{ord(mark):04x}" in text for mark in marks):
             raise Bad("the chat template takes control tokens in messages apart, so they cannot be told from its own")
         out, position = [], at
         for k, piece in enumerate(pieces):
@@ -330,8 +333,7 @@ class Encoder:
         return _joined(out)
 
     def _piece(self, text: str, position: int, literal: bool) -> _Pieces:
-        """Tokens of one piece. After the first, a line feed stands before it as it is tokenised: SentencePiece adds a
-        space to what begins a text."""
+        """Tokens of one piece, tokenised after a line feed if not the first: SentencePiece adds a space to a text."""
         options: dict[str, Any] = {"split_special_tokens": True} if literal else {}
         options |= {"add_special_tokens": False, "return_offsets_mapping": True, "return_attention_mask": False,
                     "verbose": False}
@@ -362,15 +364,16 @@ def _tool_name(tool: dict[str, Any]) -> str:
 def _joined(pieces: list[_Pieces]) -> _Pieces:
     if len(pieces) == 1:
         return pieces[0]
-    empty = np.zeros(0, np.int64)
-    return _Pieces(*(np.concatenate(parts) for parts in zip(*pieces, strict=True))) if pieces else _Pieces(empty, empty, empty, empty.astype(bool))
+    if not pieces:
+        empty = np.zeros(0, np.int64)
+        return _Pieces(empty, empty, empty, empty.astype(bool))
+    return _Pieces(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
 
 def read_samples(files: str | PathLike | Sequence[str | PathLike], tokenizer: Any, seq_len: int, *,
                  train_on_everything: bool = False, on_bad: str = "raise",
                  vocab_size: int | None = None) -> tuple[list[Sample], Stats]:
-    """The samples of one or several JSONL or Parquet files, all in memory, and what was dropped on the way; see
-    Encoder.
+    """The samples of JSONL or Parquet files, all in memory, and what was dropped on the way; see Encoder.
 
     Samples hold ids int64 [n] and mask bool [n], 2 <= n <= seq_len. Longer ones keep their first seq_len tokens.
 
@@ -419,5 +422,7 @@ def _sample(encoded: Encoded, source: int, seq_len: int, stats: Stats) -> Sample
     if not mask.any():
         stats.without_loss += 1
         return None
-    stats.samples, stats.tokens, stats.loss_tokens = stats.samples + 1, stats.tokens + len(ids), stats.loss_tokens + int(mask.sum())
+    stats.samples += 1
+    stats.tokens += len(ids)
+    stats.loss_tokens += int(mask.sum())
     return Sample(torch.from_numpy(ids), torch.from_numpy(mask), source)

@@ -58,8 +58,7 @@ class Store:
         return self.tokens[start:start + length]
 
     def touched(self, places: int, nbytes: int) -> None:
-        """Count what was read, and now and then let the kernel have the pages back: it keeps them as a file's cache,
-        which is not this process's."""
+        """Count what was read, and now and then let the kernel have the pages back, which are a file's cache."""
         self._read += places * AROUND + nbytes
         if self._read > FORGET:
             self.forget()
@@ -78,8 +77,7 @@ class _Part(NamedTuple):
 
 
 class Dataset:
-    """The samples of a cache: `len`, `[i]` as `Sample(ids int64 [n], mask bool [n], record)`, in the order of the
-    files.
+    """The samples of a cache: `len`, `[i]` as `Sample(ids int64 [n], mask bool [n], record)`, in the files' order.
 
     `at(seq_len)` are the same documents as samples of at most seq_len tokens, 2 <= n. Text is split with one token of
     overlap, so that each token but a document's first is predicted exactly once. Conversations keep their first seq_len
@@ -93,8 +91,7 @@ class Dataset:
         self._limit = (1 << 62) if seq_len is None else seq_len
 
     def at(self, seq_len: int) -> "Dataset":
-        """The same documents as samples of at most `seq_len` tokens. Raises ValueError below 2, since predicting a
-        token takes two."""
+        """The same documents as samples of at most `seq_len` tokens; ValueError below 2: predicting takes two."""
         if seq_len < 2:
             raise ValueError(f"seq_len={seq_len}: predicting a token takes at least 2")
         return self if seq_len == self.seq_len else Dataset(self.store, seq_len, self.part)
@@ -141,12 +138,12 @@ class Dataset:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What the samples are made of, by name: the data, and the tokenizer, template and options that they were read
-        with."""
+        """What the samples are made of, by name: the data, and the tokenizer, template and options of reading it."""
         part, meta = self.part, self.store.meta
-        side = {"split":
-                f"{'held out' if part.held_out else 'rest'}, {part.count} records, seed {part.seed}"} if part else {}
-        return {"data": meta["data"], **meta["fingerprint"], **side}
+        said = {"data": meta["data"], **meta["fingerprint"]}
+        if part:
+            said["split"] = f"{'held out' if part.held_out else 'rest'}, {part.count} records, seed {part.seed}"
+        return said
 
     @cached_property
     def stats(self) -> Stats:
@@ -161,8 +158,7 @@ class Dataset:
     # -- documents to samples
 
     def _counts(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(samples that each document gives, its tokens), in the shape of `documents`, whose numbers may lie beyond the
-        last."""
+        """(samples of each document, its tokens), in the shape of `documents`; numbers may lie beyond the last."""
         store, last = self.store, len(self.store.documents) - 1
         real, documents = documents <= last, np.minimum(documents, last)
         n, about = store.offsets[documents + 1] - store.offsets[documents], store.documents[documents]
@@ -200,8 +196,8 @@ class Dataset:
             totals["tokens"] += int(n[count > 0].sum() + overlap.sum() - (n - self._limit)[cut].sum())
             totals["without_loss"] += int((long & (count == 0)).sum())
             if self.part is None:
-                for start, end in zip(store.offsets[documents[long]] + self._limit, store.offsets[documents[long] + 1],
-                                      strict=True):
+                starts, ends = store.offsets[documents[long]] + self._limit, store.offsets[documents[long] + 1]
+                for start, end in zip(starts, ends, strict=True):
                     totals["loss_dropped"] += int((store.read(int(start), int(end - start)) >= CARRIES_LOSS).sum())
         return np.cumsum(np.concatenate(counts)), totals
 

@@ -37,8 +37,9 @@ class Bad(Exception):
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: `messages` of role, content, reasoning_content, tool_calls; `loss[i]`: whether messages[i], an
-    assistant's, is to be trained.
+    """A conversation: `messages`, and `loss[i]`, whether messages[i], an assistant's, is to be trained.
+
+    A message has role, content, reasoning_content, tool_calls.
 
     A message's reasoning stands under both names that templates read, `reasoning_content` and `thinking`; arguments of
     tool calls are objects.
@@ -55,8 +56,7 @@ class Text(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Ids int64 [n], and labels int64 [n] or None: -100 where a token carries no loss, else the id itself (not
-    shifted)."""
+    """Ids int64 [n], and labels int64 [n] or None: -100 where a token carries no loss, else its id, not shifted."""
     ids: np.ndarray
     labels: np.ndarray | None
 
@@ -163,8 +163,8 @@ def _integers(record: dict[str, Any], key: str) -> np.ndarray:
 def _alpaca(record: dict[str, Any]) -> Chat:
     turns = [{"role": "system", "content": system}] if (system := _string(record, "system", "")) else []
     history = record.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2
-                                                and all(isinstance(x, str) for x in h) for h in history):
+    pair = lambda h: isinstance(h, list) and len(h) == 2 and all(isinstance(x, str) for x in h)
+    if not isinstance(history, list) or not all(map(pair, history)):
         raise Bad("history is not a list of pairs of strings")
     for question, answer in history:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -192,8 +192,8 @@ def _sharegpt(record: dict[str, Any]) -> Chat:
         if not isinstance(role, str) or role not in SHAREGPT_ROLES:
             raise Bad(f"conversations[{i}] is from the unknown role {role!r}: known are {', '.join(SHAREGPT_ROLES)}")
         content = turn.get("value", turn.get("content"))
-        message: dict[str, Any] = {k: v for k, v in turn.items()
-                                   if k not in ("from", "value")} | {"role": SHAREGPT_ROLES[role], "content": content}
+        message: dict[str, Any] = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        message |= {"role": SHAREGPT_ROLES[role], "content": content}
         if message["role"] == "call":
             message |= {"role": "assistant", "content": None, "tool_calls": _calls_of(content, f"conversations[{i}]")}
         messages.append(message)
@@ -242,8 +242,8 @@ def _message(m: Any, where: str, content_key: str) -> tuple[dict[str, Any], bool
     role = m.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise Bad(f"{where} has the unknown role {role!r}: known are {', '.join(ROLES)}")
-    kept = {k: v for k, v in m.items() if v is not None
-            and k not in ("loss", "weight", "function_call", "tool_calls", *REASONING)}
+    kept = {k: v for k, v in m.items()
+            if v is not None and k not in ("loss", "weight", "function_call", "tool_calls", *REASONING)}
     out: dict[str, Any] = kept | {"role": ROLES[role], "content": _content(m, where, content_key)}
     if role == "assistant":
         calls = m.get("tool_calls") or ([m["function_call"]] if m.get("function_call") else [])
@@ -276,7 +276,9 @@ def _content(m: dict[str, Any], where: str, key: str) -> str | None:
         elif isinstance(part, dict) and isinstance(part.get("text"), str) and not any(part.get(k) for k in MEDIA):
             texts.append(part["text"])
         else:
-            what = f"{part.get('type') or next((k for k in MEDIA if part.get(k)), None)!r}" if isinstance(part, dict) else _kind(part)
+            what = _kind(part)
+            if isinstance(part, dict):
+                what = repr(part.get("type") or next((k for k in MEDIA if part.get(k)), None))
             raise Bad(f"{where}.{key}[{j}] is {what}, and only text parts are read")
     return "".join(texts)
 
@@ -299,8 +301,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _loss(m: dict[str, Any], where: str) -> bool:
-    """The message's own say: `loss` (true, false) or OpenAI's `weight` (0, 1); without, an assistant's message carries
-    loss."""
+    """The message's own say, `loss` (true, false) or OpenAI's `weight` (0, 1); else true for the assistant's."""
     said = {}
     for key in ("loss", "weight"):
         if (value := m.get(key)) is not None:

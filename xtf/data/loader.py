@@ -1,5 +1,4 @@
-"""From samples to the batch of each step, in an order that is a pure function of (samples, seed, epoch) and in which no
-mesh appears.
+"""From samples to each step's batch, in an order that is a pure function of (samples, seed, epoch), of no mesh.
 
 Windows of samples are drawn (`mix`), packed, and their packs shuffled (best-fit puts the longest samples first). Steps
 take packs off the endless row of windows; within a step, packs stand by cost; a rank materialises its own share of them
@@ -28,14 +27,12 @@ WINDOW = (4096, 1 << 16)               # ... but are at least and at most so man
 
 
 def default_max_documents(seq_len: int) -> int:
-    """The static number of documents of a pack when nobody says otherwise: room for samples of 16 tokens on average,
-    and for 16 at least."""
+    """The static number of a pack's documents by default: room for samples of 16 tokens on average, at least 16."""
     return max(16, seq_len // 16)
 
 
 class Listed:
-    """A list of samples with the face of a `Dataset`: `spans` says where samples start (their number in the list) and
-    how long they are."""
+    """A list of samples with a `Dataset`'s face: `spans` says where samples start (their number), how long they are."""
 
     def __init__(self, samples: Sequence[Sample], seq_len: int):
         self.samples, self.lengths = samples, np.array([len(s[0]) for s in samples], np.int64)
@@ -77,8 +74,7 @@ class _Packed(NamedTuple):
 
 
 class Loader:
-    """Endless batches of `packs_per_step` packs (over all ranks), reshuffled each epoch; the same global batches on any
-    mesh.
+    """Endless batches of `packs_per_step` packs over all ranks, reshuffled each epoch; the same ones on any mesh.
 
     `samples` is a list of `Sample`, a `Dataset`, or a list of `Source`, each with its share of the tokens; an epoch of
     several sources is one pass over the one that lasts longest. `step(i, mesh)` is a function of i: it may be asked for
@@ -109,7 +105,8 @@ class Loader:
                                  "where conversations are cut off)")
             if not source.weight > 0:
                 raise ValueError(f"the weight {source.weight} of {source.name} is not above 0: leave the source out")
-        self.seq_len, self.packs_per_step, self.seed, self.group_by_length = seq_len, packs_per_step, seed, group_by_length
+        self.seq_len, self.packs_per_step = seq_len, packs_per_step
+        self.seed, self.group_by_length = seed, group_by_length
         self.max_documents = max_documents or default_max_documents(seq_len)
         mean = max(1, sum(s.data.tokens for s in self.data) // sum(len(s.data) for s in self.data))
         self.window = window or int(np.clip(WINDOW_PACKS * seq_len // mean, *WINDOW))
@@ -126,16 +123,14 @@ class Loader:
         self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def step(self, i: int, mesh: DeviceMesh | None = None) -> Batch:
-        """This rank's part of step i's global batch: equal to `cut(step(i), mesh)`. Raises ValueError where `cut`
-        does."""
+        """This rank's part of step i's global batch: `cut(step(i), mesh)`. Raises ValueError where `cut` does."""
         rows, columns = share(self.packs_per_step, self.seq_len, mesh)
         packs = [[self.data[w.source[k]].data.read(int(w.start[k]), int(w.length[k])) for k in places]
                  for w, places in self._packs(i)[rows]]
         return cut_positions(pack_rows(packs, self.seq_len, self.max_documents), columns)
 
     def stream(self, start: int = 0, mesh: DeviceMesh | None = None, depth: int = 2) -> Iterator[Batch]:
-        """The endless steps from `start` on, made in a background thread up to `depth` ahead; in pinned memory where
-        there is an accelerator.
+        """The endless steps from `start` on, made by a thread up to `depth` ahead; pinned if there is an accelerator.
 
         Close it (or drop it) to end the thread. What goes wrong in the thread is raised here.
 
@@ -146,8 +141,7 @@ class Loader:
         return prefetch(partial(pinned, make, accelerator_index()), depth)
 
     def documents(self, i: int) -> list[int]:
-        """The lengths of the samples in step i's global batch: what throughput and FLOPs are counted from, padding left
-        out."""
+        """The lengths of the samples in step i's global batch, padding left out: for throughput and FLOPs."""
         return [int(w.length[k]) for w, places in self._packs(i) for k in places]
 
     def sources(self, i: int) -> dict[str, int]:
@@ -159,8 +153,7 @@ class Loader:
         return dict(count) if len(self.data) > 1 else {}
 
     def cursor(self, i: int) -> dict[str, Any]:
-        """Where step i begins, as plain values for a checkpoint: `seek` goes on from there, on any mesh, without
-        packing what came before.
+        """Where step i begins, as plain values; `seek` goes on there, on any mesh, without packing what came before.
 
         `sources` are (epoch, samples of it taken, tokens taken) of each source where the window of the step's first
         pack begins, `position` is that pack's place in it; `fingerprint` is what the order depends on.
@@ -172,8 +165,7 @@ class Loader:
                 "sources": [list(s) for s in state], "fingerprint": self.fingerprint}
 
     def seek(self, cursor: dict[str, Any]) -> None:
-        """Go on where a saved cursor stands. Raises ValueError, naming what differs, if it was saved with other data or
-        other options."""
+        """Go on where a saved cursor stands. Raises ValueError, naming what differs, if data or options are others."""
         theirs, ours = dict(cursor["fingerprint"]), self.fingerprint
         changed = [f"{k} ({theirs.get(k, 'none')} then, {ours.get(k, 'none')} now)" for k in {**theirs, **ours}
                    if theirs.get(k) != ours.get(k)]
@@ -191,7 +183,8 @@ class Loader:
                    for k in ("seq_len", "packs_per_step", "seed", "max_documents", "window", "group_by_length")}
         for source in self.data:
             tail = f" of {source.name}" if len(self.data) > 1 else ""
-            options |= {k + tail: v for k, v in source.data.fingerprint.items()} | ({"weight" + tail: f"{source.weight:g}"} if tail else {})
+            options |= {k + tail: v for k, v in source.data.fingerprint.items()}
+            options |= {"weight" + tail: f"{source.weight:g}"} if tail else {}
         return options
 
     def efficiency(self, epoch: int = 0) -> float:
@@ -253,8 +246,7 @@ class Loader:
         return self._recent[first]
 
     def _grouped(self, packs: list[list[int]], window: Window, head: int, rng: np.random.Generator) -> list[list[int]]:
-        """Packs of like cost in steps, which come in random order; the first `head` finish a step that began before,
-        the last begin another."""
+        """Packs of like cost in steps, in random order; the first `head` finish a step, the last begin another."""
         n = self.packs_per_step
         if len(packs) < head + n:
             return packs
@@ -267,12 +259,12 @@ class Loader:
 
 def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: DeviceMesh | None = None, *,
                  max_documents: int | None = None, window: int = WINDOW[1]) -> Iterator[Batch]:
-    """Every sample exactly once, in batches of `packs_per_batch` packs of which this rank gets its share; the last
-    filled with packs of padding.
+    """Every sample once, in batches of `packs_per_batch` packs, of which this rank gets its share; padded at the end.
 
     `samples` as for `Loader`, weights aside. Sums over the batches (loss * mask, mask) do not depend on the mesh.
 
-    >>> [b.loss_mask.sum().item() for b in eval_batches([Sample([1, 2, 3], [1, 1, 1])] * 3, seq_len=4, packs_per_batch=2)]
+    >>> samples = [Sample([1, 2, 3], [1, 1, 1])] * 3
+    >>> [b.loss_mask.sum().item() for b in eval_batches(samples, seq_len=4, packs_per_batch=2)]
     [4.0, 2.0]
     """
     max_documents = max_documents or default_max_documents(seq_len)
@@ -291,8 +283,7 @@ def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: Dev
 
 
 def split_off(samples: Any, fraction: float, seed: int = 0) -> tuple[Any, Any]:
-    """(the rest, about `fraction` of the samples held out), drawn by seed; all samples of one conversation fall on the
-    same side.
+    """(the rest, about `fraction` of the samples held out), drawn by seed; a conversation's samples stay together.
 
     Lists of samples give lists, a `Dataset` gives two that read the same cache.
 

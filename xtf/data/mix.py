@@ -1,5 +1,4 @@
-"""The endless row of samples that training takes: each source reshuffled every epoch, several mixed by their shares of
-the tokens.
+"""The endless row of samples that training takes: each source reshuffled every epoch, several mixed by their shares.
 
 How far each source has come is all that there is to know: the next window of samples follows from it and the seed, so
 that a cursor resumes without going through what was taken. No mesh appears, and no list of all samples.
@@ -15,8 +14,7 @@ SMALL = 1 << 16                        # samples of which a shuffle is drawn who
 
 
 class Source(NamedTuple):
-    """Samples to be mixed with others: `data` is a `Dataset` or a list of `Sample`, `weight` its share of the tokens
-    (relative to the others')."""
+    """Samples to be mixed: `data` is a `Dataset` or a list of `Sample`, `weight` its relative share of the tokens."""
     name: str
     data: Any
     weight: float = 1.0
@@ -30,8 +28,7 @@ class Progress(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Samples that follow each other: of which source each is [K], its `start` in it [K] and its `length` [K] (all
-    int64); where it leaves off."""
+    """Samples that follow each other: the source of each, its `start` and `length` (int64 [K]); where it leaves off."""
     source: np.ndarray
     start: np.ndarray
     length: np.ndarray

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 
 def best_fit(lengths: Sequence[int], seq_len: int, max_documents: int) -> list[list[int]]:
-    """Packs of indices into `lengths`, each within `seq_len` tokens and with room for a padding document beside its
-    samples.
+    """Packs of indices into `lengths`, each of at most `seq_len` tokens and with room for a padding document.
 
     Open packs are kept in buckets by room left; only as many distinct rooms exist as there are positions, so that a
     bisection of the sorted rooms finds the best one.

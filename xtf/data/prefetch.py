@@ -52,8 +52,7 @@ def prefetch(make: Callable[[], Iterator[T]], depth: int = 2) -> Iterator[T]:
 
 
 def pinned(items: Iterator[tree.Tree], index: int | None) -> Iterator[tree.Tree]:
-    """Trees of tensors in memory from which accelerator `index` copies while it computes; as they are where there is
-    none (index None)."""
+    """Trees of tensors in memory from which accelerator `index` copies while it computes; as they are for None."""
     if index is not None:
         import torch
         torch.accelerator.set_device_index(index)  # a new thread begins on device 0, and would make a context there

@@ -1,5 +1,4 @@
-"""From what `--data` says to raw records: files, folders, globs and hub ids; JSONL and Parquet, in chunks that
-processes can share out."""
+"""From what `--data` says to raw records: files, folders, globs, hub ids; JSONL and Parquet, in chunks to share out."""
 import glob
 import json
 import re
@@ -18,8 +17,7 @@ BLOCK = 1 << 20
 
 
 class Chunk(NamedTuple):
-    """Part of a file: bytes start..stop of JSONL (whole lines), row groups start..stop of Parquet, or all of a file
-    that is one JSON array."""
+    """Part of a file: bytes start..stop of JSONL (whole lines), row groups of Parquet; or all of one JSON array."""
     path: str
     kind: Literal["jsonl", "parquet", "json"]
     start: int
@@ -56,8 +54,7 @@ def resolve(data: str) -> list[Path]:
 
 
 def model_path(model: str) -> Path:
-    """The directory of a model: the one named, or that of a hub id (`org/name`, `modelscope://org/name`), downloaded or
-    from the cache.
+    """A model's directory: the one named, or a hub id's (`org/name`, `modelscope://org/name`), downloaded or cached.
 
     Raises ValueError or OSError, naming --model.
 
@@ -102,9 +99,9 @@ def _hub(flag: str, hub: re.Match[str], kind: str, patterns: list[str]) -> Path:
     except ImportError as e:
         raise ValueError(f"{flag} {hub[0]}: needs ModelScope: pip install 'xtf[modelscope]'") from e
     except Exception as e:  # the two clients raise all sorts of things, and each means this
+        why = str(e).strip().splitlines()[0] if str(e).strip() else "no reason given"
         raise OSError(f"{flag} {hub[0]}: no such path here, and the hub's {kind} {name} is neither to be had nor in "
-                      f"the cache ({type(e).__name__}: "
-                      f"{str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'})") from e
+                      f"the cache ({type(e).__name__}: {why})") from e
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
@@ -210,8 +207,8 @@ def _values(column: Any) -> list[Any]:
     """A column as a list, one value a row."""
     import pyarrow.types as types
     kind = column.type
-    if (types.is_list(kind)
-        or types.is_large_list(kind)) and types.is_integer(kind.value_type) and not column.flatten().null_count:
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    if is_list and types.is_integer(kind.value_type) and not column.flatten().null_count:
         return [None if x is None else x.to_numpy() for x in (scalar.values for scalar in column)]
     return [_without_nulls(value) for value in column.to_pylist()]
 
@@ -219,5 +216,6 @@ def _values(column: Any) -> list[Any]:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v)
-            for v in value] if isinstance(value, list) and value and isinstance(value[0], dict | list) else value
+    if isinstance(value, list) and value and isinstance(value[0], dict | list):
+        return [_without_nulls(v) for v in value]
+    return value

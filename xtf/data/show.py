@@ -14,8 +14,7 @@ VISIBLE = str.maketrans({"\n": "⏎\n", "\t": "⇥\t", "\r": "␍", "\0": "␀"}
 
 
 def show(what: Sample | Batch, tokenizer: Any = None, console: Console | None = None, max_tokens: int = 2000) -> None:
-    """Print a sample, or each document of a batch, with the tokens that carry loss in green and marked ▏ where they
-    begin.
+    """Print a sample, or each document of a batch; tokens that carry loss are green, and marked ▏ where they begin.
 
     Each document gets a heading with its tokens and how many of them carry loss; of long ones the middle is left out.
     Without a tokenizer, ids are printed. Raises ValueError for a batch that was cut over sp.
@@ -28,8 +27,8 @@ def show(what: Sample | Batch, tokenizer: Any = None, console: Console | None = 
     if not isinstance(what, Batch):
         _document(what[0], what[1], "document 1", tokenizer, console, max_tokens)
         return
-    for pack, (ids_T, labels_T, mask_T,
-               segments_S) in enumerate(zip(what.input_ids, what.labels, what.loss_mask, what.segments, strict=True)):
+    packs = zip(what.input_ids, what.labels, what.loss_mask, what.segments, strict=True)
+    for pack, (ids_T, labels_T, mask_T, segments_S) in enumerate(packs):
         if len(labels_T) != len(ids_T):
             raise ValueError(f"labels hold {len(labels_T)} of the pack's {len(ids_T)} positions: show the batch "
                              "before it is cut over sp")

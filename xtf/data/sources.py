@@ -42,8 +42,7 @@ def parse_sources(data: Sequence[str]) -> list[tuple[str, float | None]]:
 def open_data(data: Sequence[str], encoder: Encoder, seq_len: int, *, eval_data: Sequence[str] = (),
               eval_fraction: float = 0.0, seed: int = 0, folder: str | Path = CACHE, on_bad: str = "raise",
               workers: int | None = None, say: Say = lambda text: None) -> tuple[Any, Any]:
-    """(training, held-out) data for `Loader` and `eval_batches`: a `Dataset` each, or lists of `Source` where `data`
-    has weights.
+    """(training, held-out) data for `Loader`, `eval_batches`: a `Dataset` each, or `Source`s where `data` has weights.
 
     Without weights all of `data` is one source, in which each sample comes once an epoch. With them (`web/=0.7
     code/=0.3`) each source has its share of the tokens. Held out are `eval_data` or, drawn by seed, `eval_fraction` of
@@ -67,8 +66,8 @@ def open_data(data: Sequence[str], encoder: Encoder, seq_len: int, *, eval_data:
 
     sources = parse_sources(data)
     weighted = sources[0][1] is not None
-    made = [Source(name, read(name), weight) for name, weight in sources
-            if weight] or [Source("", read([name for name, _ in sources]))]
+    made = [Source(name, read(name), weight) for name, weight in sources if weight]
+    made = made or [Source("", read([name for name, _ in sources]))]
     for source in made:
         if not len(source.data):
             raise ValueError(f"--data {source.name or ' '.join(data)}: no sample to train on: every line was empty, "

@@ -25,8 +25,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def documented(stdlib: Path) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of each public function, class and method below a folder of Python files, in a fixed
-    order."""
+    """(qualified name, docstring) of the public functions, classes and methods below a folder, in a fixed order."""
     for file in sorted(stdlib.rglob("*.py")):
         parts = file.relative_to(stdlib).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -50,8 +49,7 @@ def _definitions(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def first_paragraph(docstring: str) -> str | None:
-    """The docstring's first paragraph on one line, or None if it is no answer: under 20 or over 400 characters, a
-    doctest, or unfinished.
+    """The docstring's first paragraph on one line; None if it has under 20 or over 400 characters, or is no prose.
 
     >>> first_paragraph("Remove common leading\\n    white space.\\n\\n    More.")
     'Remove common leading white space.'
@@ -59,8 +57,8 @@ def first_paragraph(docstring: str) -> str | None:
     True
     """
     paragraph = " ".join(re.split(r"\n\s*\n", inspect.cleandoc(docstring).strip())[0].split())
-    good = 20 <= len(paragraph) <= 400 and paragraph.isprintable() and ">>>" not in paragraph and not paragraph.endswith((":", ","))
-    return paragraph if good else None
+    prose = paragraph.isprintable() and ">>>" not in paragraph and not paragraph.endswith((":", ","))
+    return paragraph if prose and 20 <= len(paragraph) <= 400 else None
 
 
 def held_out(name: str) -> bool:
@@ -73,8 +71,7 @@ def held_out(name: str) -> bool:
 
 
 def records(stdlib: str | Path | None = None) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) records `{"messages": [user, assistant]}`, the same on every run; each name and each answer
-    once."""
+    """(training, held-out) records `{"messages": [user, assistant]}`, the same on every run, names and answers once."""
     train, held, seen = [], [], set()
     for name, docstring in documented(Path(stdlib or sysconfig.get_path("stdlib"))):
         answer = first_paragraph(docstring)

@@ -24,8 +24,7 @@ def _shared(a: str, b: str) -> int:
 
 
 class Turn(NamedTuple):
-    """An assistant's turn: `text` is the conversation up to its end, generated from `start` on; `spans` of it carry
-    loss."""
+    """An assistant's turn: `text` is the conversation up to its end, made from `start` on; `spans` carry loss."""
     text: str
     start: int
     spans: list[Span]
@@ -46,8 +45,7 @@ class Template:
         self.channels = "thinking" in source and "</think>" not in source
 
     def render(self, messages: list[dict[str, Any]], chat: Chat, **options: Any) -> tuple[str, list[Span]]:
-        """The text and the spans of its generation marks. Templates raise what they like on input they refuse, so all
-        of it is the record's fault."""
+        """The text and the spans of its generation marks. Whatever a template raises is the record's fault."""
         tools: Any = chat.tools
         try:
             texts, marks = render_jinja_template(conversations=[messages], tools=tools, chat_template=self.source,
@@ -59,8 +57,7 @@ class Template:
         return texts[0], spans
 
     def prepare(self, chat: Chat) -> Chat:
-        """The conversation as this template wants it: arguments of tool calls as objects or strings, reasoning in a
-        field of its own."""
+        """The conversation as this template wants it: calls' arguments as objects or strings, reasoning apart."""
         messages = [self._calls(m) if m.get("tool_calls") else m for m in chat.messages]
         if self.channels:
             messages = [self._channels(m) for m in messages]
@@ -71,21 +68,21 @@ class Template:
         inline = INLINE.match(m["content"] or "") if m["role"] == "assistant" and "thinking" not in m else None
         if not inline:
             return m
-        thoughts = {"thinking": inline[1].strip("\n"),
-                    "reasoning_content": inline[1].strip("\n")} if inline[1].strip() else {}
-        return m | thoughts | {"content": m["content"][inline.end():]}
+        thoughts = inline[1].strip("\n") if inline[1].strip() else None
+        said = {} if thoughts is None else {"thinking": thoughts, "reasoning_content": thoughts}
+        return m | said | {"content": m["content"][inline.end():]}
 
     def _calls(self, m: dict[str, Any]) -> dict[str, Any]:
         as_string, content = self._call_shape
-        calls = [{**c, "function": c["function"]
-                  | {"arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}} if as_string else c
-                 for c in m["tool_calls"]]
-        return m | {"tool_calls": calls, "content": m["content"] or content}
+        calls = m["tool_calls"]
+        if as_string:
+            text = lambda f: f | {"arguments": json.dumps(f["arguments"], ensure_ascii=False)}
+            calls = [{**c, "function": text(c["function"])} for c in calls]
+        return m | {"tool_calls": list(calls), "content": m["content"] or content}
 
     @cached_property
     def _call_shape(self) -> tuple[bool, str | None]:
-        """Whether arguments are to be a string, and the content of a message that only calls; found by trying. Raises
-        Bad if nothing works."""
+        """Whether arguments are to be a string, and the content of a mere call; by trying. Raises Bad if none works."""
         question, name = "Is this a probe?", "probed"
         for as_string in (False, True):
             for content in (None, ""):
@@ -131,11 +128,10 @@ class Template:
         return Turn(text, start, spans, bool(thoughts) and thoughts not in text)
 
     def _greeting(self, text: str, chat: Chat, i: int, options: dict[str, Any]) -> str:
-        """The prompt of a first turn that nobody asked for, which templates need not render: what stands before it in
-        the text, and the header."""
+        """The prompt of a first turn, which templates need not render: what stands before it, and the header."""
         asked: list[dict[str, Any]] = [{"role": "user", "content": "?"}]
-        with_header, without = self.render(asked, chat, add_generation_prompt=True,
-                                           **options)[0], self.render(asked, chat, **options)[0]
+        with_header = self.render(asked, chat, add_generation_prompt=True, **options)[0]
+        without = self.render(asked, chat, **options)[0]
         header = with_header.removeprefix(without)
         base = OPEN.sub("", header)
         at = text.find(base) if base and len(header) < len(with_header) else -1
@@ -145,8 +141,7 @@ class Template:
         return self.render(chat.messages[:i], chat, add_generation_prompt=True, **options)[0]
 
     def _rewritten(self, prompt: str, text: str, marks: list[Span], chat: Chat, i: int) -> tuple[str, list[Span], int]:
-        """Where the turn rewrites what is before it (GPT-OSS drops the analysis of a call once there is an answer):
-        prompt and turn, joined.
+        """Prompt and turn, joined, where it rewrites what is before it (GPT-OSS drops a call's analysis once answered).
 
         The turn begins after the last header before the place where another answer would have made a difference.
         """
@@ -159,15 +154,14 @@ class Template:
             return prompt + text[start:], [(s + moved, e + moved) for s, e in marks], len(prompt)
         if not self.marked:
             raise Bad(f"the chat template's generation prompt after messages[:{i}] is not how it begins "
-                      f"messages[{i}], so what was generated "
-                      "is unknown: give the template {% generation %} marks, or train on everything")
+                      f"messages[{i}], so what was generated is unknown: "
+                      "give the template {% generation %} marks, or train on everything")
         start = _shared(text, prompt)
         return text, marks, min((s for s, e in marks if s >= start), default=start)
 
     @staticmethod
     def _reopened(prompt: str, rest: str, gap: str, thoughts: str, inline: bool) -> Turn:
-        """The turn as the model writes it, where the prompt opens <think> and the template drops reasoning even of the
-        last turn (DeepSeek R1)."""
+        """The turn as the model writes it, where the prompt opens <think> and the template drops all reasoning (R1)."""
         gap = "\n" if "\n" in gap else ""
         rest = re.sub(rf"\A(?:<think>.*?)?</think>{gap}*", "", rest, flags=re.DOTALL)
         rest = rest.lstrip("\n") if inline else rest

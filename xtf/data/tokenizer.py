@@ -1,5 +1,4 @@
-"""The tokenizer of a model's directory, checked before anything is trained with it; character offsets for those that
-have none.
+"""A model's tokenizer, checked before anything is trained with it; character offsets for those that have none.
 
 n: tokens.
 """
@@ -13,8 +12,7 @@ from filelock import FileLock
 
 
 def load(path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a directory (or hub id): a transformers tokenizer that gives `offset_mapping`, and whose added
-    tokens survive.
+    """The tokenizer of a directory or hub id: transformers', with `offset_mapping`, and whose added tokens survive.
 
     `trust_remote_code` runs the tokenizer's own code where the directory brings some (Kimi K2); never otherwise. All
     ranks of a machine may call this at once.
@@ -24,7 +22,8 @@ def load(path: str | Path, trust_remote_code: bool = False) -> Any:
     the token.
 
     >>> import tempfile, tokenizers, transformers
-    >>> path, words = tempfile.mkdtemp(), tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "<eos>": 1}, "<eos>"))
+    >>> path = tempfile.mkdtemp()
+    >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0, "<eos>": 1}, "<eos>"))
     >>> _ = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(path)
     >>> load(path)("hello<eos>")["input_ids"]
     [0, 1]
@@ -60,8 +59,7 @@ def _own_code(path: str | Path) -> str | None:
 
 
 def check_added_tokens(tokenizer: Any, path: str | Path) -> None:
-    """Raise ValueError, naming the first, where an added token does not come back from a round trip (text, one id,
-    text)."""
+    """Raise ValueError, naming the first, where an added token does not survive a round trip (text, one id, text)."""
     added = {i: str(token.content) for i, token in tokenizer.added_tokens_decoder.items()}
     known = set(added.values())
     added |= {tokenizer.convert_tokens_to_ids(token): token for token in tokenizer.all_special_tokens
@@ -69,8 +67,9 @@ def check_added_tokens(tokenizer: Any, path: str | Path) -> None:
     broken = []
     for i, token in added.items():
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-        text = tokenizer.decode([i], skip_special_tokens=False,
-                                clean_up_tokenization_spaces=False) if i is not None else ""
+        text = ""
+        if i is not None:
+            text = tokenizer.decode([i], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if ids != [i] or text != token:
             broken.append(f"{token!r} (id {i}) is encoded as {ids}, and its id is decoded as {text!r}")
     if broken:
@@ -81,8 +80,7 @@ def check_added_tokens(tokenizer: Any, path: str | Path) -> None:
 
 
 class WithOffsets:
-    """A slow byte-level tokenizer that also gives `offset_mapping`, as fast ones do: [first, last + 1) character of
-    each token's bytes.
+    """A slow byte-level tokenizer with the `offset_mapping` of fast ones: each token's [first, last + 1) character.
 
     Everything else is the tokenizer's. It is pickled as the directory that it came from, since its class is known to no
     other process. Raises ValueError, when it is called for offsets, if the tokens do not spell the text.
@@ -105,8 +103,8 @@ class WithOffsets:
     def __call__(self, text: Any, *args: Any, return_offsets_mapping: bool = False, **kwargs: Any) -> Any:
         out = self.tokenizer(text, *args, **kwargs)
         if return_offsets_mapping:
-            of = lambda text, ids: spans([self._bytes(i) for i in ids], text)
-            out["offset_mapping"] = of(text, out["input_ids"]) if isinstance(text, str) else list(map(of, text, out["input_ids"]))
+            of, ids = lambda text, ids: spans([self._bytes(i) for i in ids], text), out["input_ids"]
+            out["offset_mapping"] = of(text, ids) if isinstance(text, str) else list(map(of, text, ids))
         return out
 
     def _bytes(self, i: int) -> bytes:
@@ -131,8 +129,7 @@ def spans(tokens: list[bytes], text: str) -> list[tuple[int, int]]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's character for each byte, the other way round: printable ones stand for themselves, the others for what
-    follows U+0100."""
+    """GPT-2's character for each byte, the other way: itself where it is printable, else what follows U+0100."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -7,9 +7,9 @@ the files' values).
 """
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,8 +25,9 @@ from xtf.hf.quantised import FP8, SCALE, BlockFp8, Fp8Out, Tensor
 from xtf.hf.safetensors import Entry, Shape
 from xtf.layout import Place
 from xtf.layout import local as local_part
-from xtf.parallel._mesh import tell_all
+from xtf.parallel import _mesh
 from xtf.parallel.collectives import max_along
+from xtf.parallel.peers import Peers
 
 __all__ = ["Transposed", "file_tensors", "load", "save", "tensors"]
 
@@ -57,8 +58,7 @@ def tensors(path: str | Path) -> dict[str, tuple[str, torch.dtype, Shape]]:
 def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: tree.Tree | None = None,
          dtype: torch.dtype | None = None, *, ignore: Sequence[str] = IGNORE,
          tied: Mapping[str, str] = TIED) -> tree.Tree:
-    """The parameters of a directory, as tensors, or as DTensors placed by `layout`; each rank reads only what it
-    stores.
+    """The parameters of a directory, as tensors, or as DTensors placed by `layout`; each rank reads what it stores.
 
     Stacked, transposed and quantised tensors are so too (see `names`, and `quantised` for what the values are equal
     to). Values are converted to each Param's dtype (`dtype`, if given, for all floating ones); `requires_grad` says
@@ -78,7 +78,8 @@ def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: t
     params = dict(tree.flatten_with_path(specs))
     expected = wanted(params, names, "specs")
     places = dict.fromkeys(params) if layout is None else dict(zip(params, tree.leaves(layout), strict=True))
-    with _together(_mesh(place.mesh for place in places.values() if place is not None)):
+    mesh = _common(place.mesh for place in places.values() if place is not None)
+    with _mesh.peers(mesh).together("hf.load"):
         found = quantised.fold(path, files.directory(path), quantised.config(path))
         twins, _ = match(path, found, expected, ignore, tied)
         twins_of = {name: [twin for twin, other in twins.items() if other == name] for name in twins.values()}
@@ -109,9 +110,8 @@ def load(path: str | Path, specs: tree.Tree, names: Mapping[str, str], layout: t
 
 def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None,
          max_shard_bytes: int = 5 << 30, *, quantise: Literal["fp8"] | None = None, ignore: Sequence[str] = IGNORE,
-         tied: Mapping[str, str] = TIED) -> None:
-    """Write parameters as a Hugging Face directory; where leaves are DTensors, all ranks of their mesh call this and
-    write together.
+         tied: Mapping[str, str] = TIED, peers: Peers | None = None) -> None:
+    """Write parameters as a Hugging Face directory; where leaves are DTensors, all ranks of their mesh write together.
 
     `like` is a directory of the same model: each tensor is written in the dtype and the file that it has there, ignored
     tensors and twins as well, and config, tokenizer and every other small file are copied. Tensors that are quantised
@@ -120,11 +120,13 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
     keeps it, so untrained weights are written as they were. config.json says what was written. Without `like` each
     tensor has its parameter's dtype and nothing but safetensors is written.
 
-    The directory appears, or replaces what was there, only when it is complete and on disk. If a rank fails, all fail
-    and what was there stays.
+    The directory appears, or replaces what was there, only when it is complete and on disk. If a rank fails or dies,
+    all fail and what was there stays. `peers` are all ranks of the leaves' mesh; a thread beside one that loads and
+    saves needs its own.
 
     Raises ValueError where names, leaves and `like` do not agree or FP8 cannot hold a leaf, FileExistsError if `path`
-    holds something else than a model's files, OSError naming the file where writing fails.
+    holds something else than a model's files, OSError naming the file where writing fails, ConnectionError naming a
+    rank that is gone.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/model"
@@ -135,22 +137,22 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
     path = Path(path).resolve()
     leaves = dict(tree.flatten_with_path(params))
     expected = wanted(leaves, names, "params")
-    mesh = _mesh(x.device_mesh for x in leaves.values() if isinstance(x, DTensor))
-    lead = mesh is None or mesh.get_rank() == int(mesh.mesh.min())
+    mesh = mesh_of(leaves.values())
+    peers = peers or _mesh.peers(mesh)
     try:
-        with _together(mesh):
+        with peers.together("hf.save: plan"):
             boxes = {p: _box(names[p], x) for p, x in leaves.items()}
             plan = _plan(like, expected, quantise, max_shard_bytes, ignore, tied)
             entries, headers = files.plan(files.partial(path), plan.written, plan.shards)
-            if lead:
+            if peers.lead:
                 files.begin(path)
                 files.create(entries, headers)
-        scales = _scales(leaves, names, expected, boxes, plan.fp8, mesh)
-        with _together(mesh):
+        scales = _scales(leaves, names, expected, boxes, plan.fp8, peers)
+        with peers.together("hf.save: write"):
             parts = [part for p, x in leaves.items() for part in cut(names[p], *_share(x, *boxes[p], mesh))]
             parts += [(twin, at, x) for twin, name in plan.twins.items() for n, at, x in parts if n == name]
             scales |= {twin: scales[name] for twin, name in plan.twins.items() if twin in plan.fp8}
-            if lead:
+            if peers.lead:
                 whole = plan.copied | {n + SCALE: x for n, x in scales.items()}
                 parts += [(n, (0,) * len(t.shape),
                            t if isinstance(t, torch.Tensor) else _read(t, (0,) * len(t.shape), t.shape))
@@ -165,12 +167,12 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
                 fds = {file: stack.enter_context(files.writing(file))
                        for file in sorted({entries[n].file for n, *_ in parts})}
                 list(pool.map(write, parts))
-        with _together(mesh):
-            if lead:
+        with peers.together("hf.save: finish"):
+            if peers.lead:
                 _copy_others(like, files.partial(path), plan.config)
                 files.finish(path)
     except BaseException:
-        if lead:
+        if peers.lead:
             shutil.rmtree(files.partial(path), ignore_errors=True)
         raise
 
@@ -187,8 +189,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class _Plan(NamedTuple):
-    """What `save` writes: name -> (dtype, shape), the file of each tensor, how to quantise, and what of `like` is
-    written again."""
+    """What `save` writes: name -> (dtype, shape), each tensor's file, how to quantise, what of `like` comes again."""
     written: dict[str, tuple[torch.dtype, Shape]]
     shards: dict[str, str]
     fp8: dict[str, Fp8Out]
@@ -200,8 +201,7 @@ class _Plan(NamedTuple):
 def check(params: tree.Tree, names: Mapping[str, str], like: str | Path | None = None, *,
           quantise: Literal["fp8"] | None = None, ignore: Sequence[str] = IGNORE,
           tied: Mapping[str, str] = TIED) -> None:
-    """Raise what `save` would raise of names, shapes and formats, before a run has begun rather than at its end;
-    nothing is written.
+    """Raise what `save` would raise of names, shapes and formats, before a run has begun; nothing is written.
 
     >>> check({"norm": {"weight": torch.ones(3)}}, {"norm.weight": "model.norm.weight"})
     """
@@ -257,8 +257,8 @@ def _share(x: torch.Tensor, offset: Shape, local: torch.Tensor, mesh: DeviceMesh
     """What this rank writes of what it has: ranks that hold the same part divide its rows among them."""
     copy, copies = 0, 1
     mesh = x.device_mesh if isinstance(x, DTensor) else mesh
-    for i, p in enumerate(x.placements if isinstance(x, DTensor)
-                          else (Replicate(),) * (0 if mesh is None else mesh.ndim)):
+    whole = (Replicate(),) * (0 if mesh is None else mesh.ndim)
+    for i, p in enumerate(x.placements if isinstance(x, DTensor) else whole):
         if isinstance(p, Replicate):
             assert mesh is not None
             copy, copies = copy * mesh.size(i) + mesh.get_local_rank(i), copies * mesh.size(i)
@@ -270,15 +270,14 @@ def _share(x: torch.Tensor, offset: Shape, local: torch.Tensor, mesh: DeviceMesh
 
 
 def _scales(leaves: Mapping[str, torch.Tensor], names: Mapping[str, str], wanted: Mapping[str, Wanted],
-            boxes: Mapping[str, tuple], fp8: Mapping[str, Fp8Out], mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
-    """The scales of every tensor that is quantised, the same on all ranks, which measure their boxes and take the
-    largest of all."""
+            boxes: Mapping[str, tuple], fp8: Mapping[str, Fp8Out], peers: Peers) -> dict[str, torch.Tensor]:
+    """The scales of every tensor that is quantised, the same on all ranks: the largest of what each measures."""
     members: dict[str, dict[str, int]] = {}                              # leaf -> its quantised tensors, numbered
     for n, w in wanted.items():
         if n in fp8:
             of_leaf = members.setdefault(w.leaf, {})
             of_leaf[n] = len(of_leaf)
-    with _together(mesh):
+    with peers.together("hf.save: scales"):
         old = {n: _read(e, (0,) * len(e.shape), e.shape) for n, out in fp8.items() if (e := out.old) is not None}
 
         def measure(leaf: str) -> torch.Tensor:
@@ -306,32 +305,19 @@ def _copy_others(like: str | Path | None, work: Path, settings: Mapping[str, Any
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             with files.writing(work / file.name) as fd:
                 content = file.read_bytes()
-                files.pwrite(fd, memoryview(quantised.configured(content, settings) if file.name == "config.json"
-                                            else content), 0)
+                if file.name == "config.json":
+                    content = quantised.configured(content, settings)
+                files.pwrite(fd, memoryview(content), 0)
 
 
-def _mesh(meshes: Iterator[DeviceMesh]) -> DeviceMesh | None:
+def mesh_of(leaves: Iterable[torch.Tensor]) -> DeviceMesh | None:
     """The first of the leaves' meshes; all must hold the same ranks, or they could not fail together."""
+    return _common(x.device_mesh for x in leaves if isinstance(x, DTensor))
+
+
+def _common(meshes: Iterable[DeviceMesh]) -> DeviceMesh | None:
     distinct = list(dict.fromkeys(meshes))
     ranks = [sorted(mesh.mesh.flatten().tolist()) for mesh in distinct]
     if any(r != ranks[0] for r in ranks):
         raise ValueError(f"hf: the leaves live on meshes of different ranks, {ranks}; place them all on one mesh")
     return distinct[0] if distinct else None
-
-
-@contextmanager
-def _together(mesh: DeviceMesh | None) -> Iterator[None]:
-    """All ranks of the mesh leave this block in the same way: if one of them raised, all raise."""
-    error = None
-    try:
-        yield
-    except Exception as e:
-        error = e
-    if mesh is not None:
-        said = tell_all(mesh, None if error is None else f"{type(error).__name__}: {error}")
-        failed = {rank: text for rank, text in said.items() if text is not None}
-        if failed and error is None:
-            error = RuntimeError("hf: another rank failed. "
-                                 + "; ".join(f"rank {r}: {text}" for r, text in sorted(failed.items())))
-    if error is not None:
-        raise error

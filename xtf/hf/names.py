@@ -24,7 +24,8 @@ class Wanted(NamedTuple):
 class Transposed(str):
     """The name of a tensor that has its leaf's last two dims swapped in the files.
 
-    >>> {name: tuple(x.shape) for name, x in file_tensors({"down": Transposed("down_proj")}, "down", torch.ones(2, 3, 5)).items()}
+    >>> found = file_tensors({"down": Transposed("down_proj")}, "down", torch.ones(2, 3, 5))
+    >>> {name: tuple(x.shape) for name, x in found.items()}
     {'down_proj': (2, 5, 3)}
     """
 
@@ -32,15 +33,15 @@ class Transposed(str):
 def file_tensors(names: Mapping[str, str], leaf: str, whole: torch.Tensor) -> dict[str, torch.Tensor]:
     """A whole leaf as the files have it: name -> view of `whole`.
 
-    >>> {name: x.tolist() for name, x in file_tensors({"up": "experts.{e}.up"}, "up", torch.tensor([[1, 2], [3, 4]])).items()}
+    >>> found = file_tensors({"up": "experts.{e}.up"}, "up", torch.tensor([[1, 2], [3, 4]]))
+    >>> {name: x.tolist() for name, x in found.items()}
     {'experts.0.up': [1, 2], 'experts.1.up': [3, 4]}
     """
     return {name: x for name, _, x in cut(names[leaf], (0,) * whole.ndim, whole)}
 
 
 def cut(name: str, offset: Shape, box: torch.Tensor) -> Iterator[tuple[str, Shape, torch.Tensor]]:
-    """A leaf's box as the files have it: (tensor, offset there, view of the box). The only place that knows what names
-    mean."""
+    """A leaf's box as the files have it: (tensor, offset there, view). The only place that knows what names mean."""
     stacked = [(name, offset, box)]
     if "{e}" in name:
         stacked = [(name.replace("{e}", str(offset[0] + i)), offset[1:], x) for i, x in enumerate(box.unbind())]
@@ -66,8 +67,7 @@ def wanted(leaves: Mapping[str, Any], names: Mapping[str, str], what: str) -> di
 
 def match(path: str | Path, found: Mapping[str, Tensor], wanted: Mapping[str, Wanted], ignore: Sequence[str],
            tied: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Check files against leaves; returns (twin -> the tensor it repeats, ignored tensors). The error lists all that is
-    wrong."""
+    """Check files against leaves; (twin -> the tensor it repeats, ignored tensors). The error lists all wrongs."""
     def original(n: str | None) -> str | None:                           # the copy of a tied head is the embedding's
         while n is not None and n not in wanted:
             n = next((name for glob, name in tied.items() if fnmatchcase(n, glob)), None)

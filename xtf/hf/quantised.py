@@ -28,8 +28,7 @@ DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"
 
 @dataclass(frozen=True)
 class BlockFp8:
-    """X and X_scale_inv as one tensor: values [..., rows, columns], scales [..., rows / block, columns / block]
-    (rounded up)."""
+    """X and X_scale_inv as one: values [..., rows, columns], scales [..., ⌈rows / block⌉, ⌈columns / block⌉]."""
     values: Entry
     scales: Entry
     name: str
@@ -47,8 +46,7 @@ class BlockFp8:
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """X_blocks [E, rows, groups, 16] and X_scales [E, rows, groups] as one tensor [E, 32 · groups, rows]: transposed,
-    as X is where it is bf16."""
+    """X_blocks [E, rows, groups, 16] and X_scales [E, rows, groups] as one [E, 32 · groups, rows]: as X is in bf16."""
     values: Entry
     scales: Entry
     name: str
@@ -87,27 +85,25 @@ def config(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{file}: quantization_config.{name}={found.get(name)!r} is not supported, only "
                              f"{', '.join(map(str, values))}; convert the directory first")
     size = found.get("weight_block_size", [128, 128])
-    if method == "fp8" and not (isinstance(size, list) and len(size) == 2
-                                and all(type(n) is int and n > 0 for n in size)):
+    sound = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if method == "fp8" and not sound:
         raise ValueError(f"{file}: quantization_config.weight_block_size={size!r} is not supported, only two whole "
                          "numbers; convert the directory first")
     return found
 
 
 def configured(text: bytes, settings: Mapping[str, Any]) -> bytes:
-    """A config.json whose quantization_config is `settings`, none if they are empty; the same bytes where it is so
-    already."""
+    """A config.json whose quantization_config is `settings` (none if empty); the same bytes where it is so already."""
     fields = json.loads(text)
     if (fields.get("quantization_config") or {}) == settings:
         return text
-    fields = {k: v for k, v in fields.items() if k != "quantization_config"} | ({"quantization_config": dict(settings)}
-                                                                                if settings else {})
+    fields = {k: v for k, v in fields.items() if k != "quantization_config"}
+    fields |= {"quantization_config": dict(settings)} if settings else {}
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def fold(path: str | Path, found: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a directory, those that are quantised each as one, under the name and shape that they have in bf16
-    directories.
+    """The tensors of a directory; the quantised ones each as one, under the name and shape of bf16 directories.
 
     Raises ValueError listing every quantised tensor of which a part is missing or does not fit the others.
     """
@@ -128,12 +124,14 @@ def fold(path: str | Path, found: Mapping[str, Entry], config: Mapping[str, Any]
             continue
         assert isinstance(values, Entry) and isinstance(scales, Entry)
         if fp8:
-            fits = values.dtype == FP8 and len(values.shape) > 1 and scales.dtype.is_floating_point and scales.shape == grid(values.shape, block)
-            wants = f"torch.float8_e4m3fn and, for blocks of {block[0]} × {block[1]}, floating scales {list(grid(values.shape, block))}"
+            want = grid(values.shape, block)
+            fits = (values.dtype == FP8 and len(values.shape) > 1
+                    and scales.dtype.is_floating_point and scales.shape == want)
+            wants = f"torch.float8_e4m3fn and, for blocks of {block[0]} × {block[1]}, floating scales {list(want)}"
             out[name] = BlockFp8(values, scales, name, block)
         else:
-            fits = values.dtype == scales.dtype == torch.uint8 and values.shape == (*scales.shape,
-                                                                                    16) and len(scales.shape) == 3
+            fits = (values.dtype == scales.dtype == torch.uint8
+                    and values.shape == (*scales.shape, 16) and len(scales.shape) == 3)
             wants = "uint8 [experts, rows, groups, 16] and [experts, rows, groups]"
             if name in found:
                 wrong.append(f"{where} and {name} ({found[name].file.name}) too; remove the one that is not meant")
@@ -225,8 +223,7 @@ def _spread(scales: torch.Tensor, offset: Shape, size: Shape, block: tuple[int, 
 # ---- on the way out --------------------------------------------------------------------------------------------------
 
 class Fp8Out(NamedTuple):
-    """How a tensor is quantised: the scales' dtype, whether they are powers of two, and the scales that `like` has for
-    it."""
+    """How a tensor is quantised: the scales' dtype, whether they are powers of two, and those that `like` has."""
     block: tuple[int, ...]
     scale_dtype: torch.dtype
     power_of_two: bool
@@ -244,8 +241,9 @@ def fp8_out(like: Mapping[str, Tensor], config: Mapping[str, Any],
     """
     if any(isinstance(t, BlockFp8) for t in like.values()):
         power = config.get("scale_fmt") == "ue8m0"
-        return {n: Fp8Out(t.block, t.scales.dtype, power, t.scales) for n, t in like.items()
-                if isinstance(t, BlockFp8)}, dict(config)
+        out = {n: Fp8Out(t.block, t.scales.dtype, power, t.scales)
+               for n, t in like.items() if isinstance(t, BlockFp8)}
+        return out, dict(config)
     stacked = [n for n, shape in wanted.items() if len(shape) > 2]
     if stacked:
         raise ValueError(f"hf.save: {stacked[0]} holds all experts; block FP8 has a tensor for each of them: write "
@@ -254,8 +252,7 @@ def fp8_out(like: Mapping[str, Tensor], config: Mapping[str, Any],
 
 
 def measure(x: torch.Tensor, offset: Shape, out: Fp8Out, old: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Of each block that the box `x` touches, [2, ..., rows, columns]: its largest magnitude, and 1 if `old` scales
-    cannot say its values exactly.
+    """Of each block that box `x` touches, [2, ..., rows, columns]: its maximum, and 1 if `old` scales are not exact.
 
     Maxima of both over all ranks are what `choose` needs, so that boxes need not end where blocks do.
 
@@ -266,8 +263,8 @@ def measure(x: torch.Tensor, offset: Shape, out: Fp8Out, old: torch.Tensor | Non
                          "or write bf16 (quantise=None)")
     unlike = torch.ones_like(x, dtype=torch.float32)
     if old is not None:
-        scales = _spread(old.to(x.device)[covered(offset, tuple(x.shape), out.block)].float(), offset, tuple(x.shape),
-                         out.block)
+        shape = tuple(x.shape)
+        scales = _spread(old.to(x.device)[covered(offset, shape, out.block)].float(), offset, shape, out.block)
         unlike = (_to_fp8(x, scales).float().mul_(scales).to(x.dtype) != x).float()
     pads = [n for dim in (-1, -2)
             for n in (offset[dim] % out.block[dim], -(offset[dim] + x.shape[dim]) % out.block[dim])]
@@ -286,8 +283,9 @@ def choose(measured: torch.Tensor, out: Fp8Out, old: torch.Tensor | None) -> tor
         mantissa, exponent = torch.frexp(new)
         new = torch.ldexp(torch.ones_like(new), exponent - (mantissa == 0.5).int())
     new = new.to(out.scale_dtype)
-    return new if old is None else torch.where(unlike.bool(), new.float(),
-                                               old.to(new.device).float()).to(out.scale_dtype)
+    if old is None:
+        return new
+    return torch.where(unlike.bool(), new.float(), old.to(new.device).float()).to(out.scale_dtype)
 
 
 def encode(x: torch.Tensor, offset: Shape, scales: torch.Tensor, block: tuple[int, ...]) -> torch.Tensor:

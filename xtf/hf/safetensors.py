@@ -1,5 +1,4 @@
-"""The safetensors file format: headers read and checked, boxes of tensors read and written in place, directories
-replaced whole.
+"""The safetensors format: headers read and checked, boxes of tensors read and written in place, directories replaced.
 
 A file is 8 bytes (the header's length, little endian), a JSON header (name -> dtype, shape, byte offsets) and the
 tensors' bytes, row-major, without gaps (https://github.com/huggingface/safetensors, "Format"). A *box* is (offset,
@@ -134,7 +133,9 @@ def header(file: str | Path) -> dict[str, Entry]:
             raise ValueError(f"{file}: corrupt header: tensor {name} {what}; fetch it again")
         end, last = stop, name
     if 8 + length + end != file_size:
-        what = f"truncated (tensor {last} ends at byte {8 + length + end})" if 8 + length + end > file_size else "longer than its header says"
+        what = "longer than its header says"
+        if 8 + length + end > file_size:
+            what = f"truncated (tensor {last} ends at byte {8 + length + end})"
         raise ValueError(f"{file}: {what}, the file has {file_size} bytes; fetch it again")
     return out
 
@@ -241,11 +242,13 @@ def _copy_strided(entry: Entry, offset: Shape, out: torch.Tensor) -> None:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 def assign(nbytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
-    """Which file each tensor goes to, in the order given: a new file where the next tensor would pass
-    `max_shard_bytes`.
+    """Which file each tensor goes to, in the order given: a new one where the next would pass `max_shard_bytes`.
 
-    >>> assign({"a": 6, "b": 6, "c": 2}, 8)
-    {'a': 'model-00001-of-00002.safetensors', 'b': 'model-00002-of-00002.safetensors', 'c': 'model-00002-of-00002.safetensors'}
+    >>> for name, file in assign({"a": 6, "b": 6, "c": 2}, 8).items():
+    ...     print(name, file)
+    a model-00001-of-00002.safetensors
+    b model-00002-of-00002.safetensors
+    c model-00002-of-00002.safetensors
     """
     shard, filled, shards = 0, 0, {}
     for name, n in nbytes.items():
@@ -257,8 +260,7 @@ def assign(nbytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
 
 def plan(folder: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]],
          files: Mapping[str, str]) -> tuple[dict[str, Entry], dict[Path, bytes]]:
-    """Where each tensor's bytes go, and each file's header: a pure function of its arguments, so that ranks need not
-    talk.
+    """Where each tensor's bytes go, and each file's header: a pure function, so that ranks need not talk.
 
     Wide dtypes come first and then names in order, as in the files of the safetensors package.
     """
@@ -348,7 +350,8 @@ def begin(path: Path) -> Path:
     odd = [f.name for f in inside if f.is_dir()]
     if odd or (inside and not any(f.suffix == ".safetensors" for f in inside)):
         raise FileExistsError(f"{path} would be replaced whole, but it holds "
-                              f"{', '.join(odd) or 'files and no safetensors'}: choose another path, or move these away")
+                              f"{', '.join(odd) or 'files and no safetensors'}: choose another path, "
+                              "or move these away")
     work = partial(path)
     shutil.rmtree(work, ignore_errors=True)                              # left by a run that was killed
     work.mkdir(parents=True)

@@ -4,8 +4,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 def functorch_active() -> bool:
-    """Whether a `torch.func` transform (vmap, grad, jvp, ...) is running: fast versions step aside for the references
-    then."""
+    """Whether a `torch.func` transform (vmap, grad, jvp, ...) is running: then the references do the work."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -22,14 +21,12 @@ def _faking() -> bool:
 
 
 def is_fake(x: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no numbers (`xtf.plan`): nothing may be read from it, no kernel be launched on
-    it."""
+    """Whether a tensor has a shape and no numbers (`xtf.plan`): nothing may read it, no kernel be launched on it."""
     return isinstance(x, FakeTensor)
 
 
 def as_cuda(x: torch.Tensor) -> bool:
-    """Whether what is made for CUDA computes this tensor: on the device `meta` stands a GPU that is only planned
-    for."""
+    """Whether what is made for CUDA computes this tensor: the device `meta` stands for a GPU that is planned for."""
     return x.device.type in ("cuda", "meta")
 
 
@@ -49,8 +46,7 @@ _SLOW_ON_CPU = tuple(dtype for dtype, fast in ((torch.bfloat16, torch.ops.mkldnn
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which a product of `dtype` operands is computed: float32 for bf16 and fp16 on processors without
-    such products.
+    """The dtype of a product of `dtype` operands: float32 for bf16 and fp16 on processors without such products.
 
     There a bf16 product is up to a hundred times as slow as a float32 one.
 

@@ -27,7 +27,7 @@ KEPT_KEYS = 4  # probabilities are saved for backward where a query meets at mos
 
 
 def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, window: int | None = None,
-           scale: float | None = None, sinks: Tensor | None = None, cache: Any = None) -> Tensor:
+           scale: float | None = None, sinks: Tensor | None = None) -> Tensor:
     """Causal attention in which a token sees the tokens of its own document alone. Returns o_PTHe in the dtype of q.
 
     `segments` [P, S + 1] int32: cumulative document lengths, from 0, padded with T. `window` w: a query sees itself and
@@ -35,16 +35,13 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, 
     key, with value zero, that every query sees (GPT-OSS). Query heads in groups of H / K share a key-value head.
     Statistics are in at least float32.
 
-    Raises NotImplementedError for `cache` and ValueError where shapes do not fit.
+    Raises ValueError where shapes do not fit.
 
     >>> q, k, v = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
     >>> o = attend(q, k, v, segments=torch.tensor([[0, 3, 5]], dtype=torch.int32))
     >>> torch.allclose(o[0, 3, :2], v[0, 3, :1])        # a document's first token sees itself alone
     True
     """
-    if cache is not None:
-        raise NotImplementedError("attend: cache= (decoding with a key-value cache) is not supported yet; call it "
-                                  "without")
     _check(q_PTHd, k_PTKd, v_PTKe, segments, window, sinks)
     if functorch_active():
         return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
@@ -106,8 +103,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, segments: Tensor, window: int | None
 # ---------------------------------------------------------------- CPU
 
 class Block(NamedTuple):
-    """Queries start:stop of a pack and the keys low:stop that any of them sees; keys before `high` are hidden from
-    some."""
+    """Queries start:stop of a pack and the keys low:stop that any of them sees; some do not see those before `high`."""
     pack: int
     start: int
     stop: int
@@ -117,8 +113,7 @@ class Block(NamedTuple):
 
 
 def _blocks(segments: Tensor, T: int, window: int | None) -> list[Block]:
-    """Cut each pack into blocks of at most BLOCK queries, at the ends of documents where that leaves at least half a
-    block."""
+    """Cut each pack into blocks of at most BLOCK queries, at ends of documents where that leaves half a block."""
     blocks: list[Block] = []
     for pack, ends in enumerate(segments.tolist()):
         start, spans = 0, []                                                   # (start, stop, low, high)
@@ -229,8 +224,7 @@ def _forward(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | Non
 
 def _backward(g_PTHe: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, sinks: Tensor | None, blocks: list[Block],
               scale: float, kept: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then all probabilities are computed
-    again."""
+    """The gradients of q, k, v and sinks; `kept` as forward left it, or empty: then probabilities are made again."""
     dq_PTHd, K, d = torch.empty_like(q_PTHd, memory_format=torch.contiguous_format), *k_PTKd.shape[2:]
     g, q, k, v = _widened(g_PTHe, q_PTHd, k_PTKd, v_PTKe)
     dk, dv, sinks_KG = k.new_zeros(k.shape), v.new_zeros(v.shape), _groups(sinks, K)
@@ -238,7 +232,8 @@ def _backward(g_PTHe: Tensor, q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, si
     scores = _Scores(blocks, q, sinks_KG, scale)
     buffers = scores.room(2)
     for b in blocks:
-        g_KBGe, q_KBGd, dq_KBGd, k_KWd, v_KWe = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K), _keys(k, b), _keys(v, b)
+        g_KBGe, q_KBGd, dq_KBGd = _queries(g, b, K), _queries(q, b, K), _queries(dq_PTHd, b, K)
+        k_KWd, v_KWe = _keys(k, b), _keys(v, b)
         dk_KWd, dv_KWe = _keys(dk, b), _keys(dv, b)
         q_KRd, g_KRe = q_KBGd.reshape(K, -1, d), g_KBGe.reshape(K, -1, g.shape[-1])
         p_KRW = next(saved) if kept and _kept(b, d) else scores.probs(q_KRd, k_KWd, b, buffers[0])
@@ -341,8 +336,10 @@ def _flops_backward(g, q, k, v, sinks, segments, window, scale, *, out_val=None,
 # ---------------------------------------------------------------- accelerators
 
 def _load_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
-    """torch's flash attention over varying lengths and the names of its arguments, which changed between releases. A
-    second to import."""
+    """torch's flash attention over varying lengths and its arguments' names, which changed between releases.
+
+    A second to import.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -364,8 +361,8 @@ def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tenso
     ends = F.pad((segments[:, :-1] + first_P1).flatten(), (0, 1), value=P * T)  # documents of no token are harmless
     q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, F.pad(v_PTKe, (0, d - e)) if e < d else v_PTKe))
     options: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
-    options |= {"window_size": (-1 if window is None else window - 1,
-                                0)} if "window_size" in takes else {"is_causal": True}
+    back = -1 if window is None else window - 1
+    options |= {"window_size": (back, 0)} if "window_size" in takes else {"is_causal": True}
     if "enable_gqa" in takes:
         options["enable_gqa"] = k.shape[1] != H
     else:
@@ -379,8 +376,8 @@ class _FlashWithSinks(torch.autograd.Function):
     """Flash attention [N, H, d] whose softmax has one more key, of which the kernel knows nothing.
 
     Outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs and the grown
-    logsumexp: its probabilities are exp(score - logsumexp), and what it subtracts from their gradients is grad ·
-        output, also where a key has value zero.
+    logsumexp: its probabilities are exp(score - logsumexp), and what it subtracts from their gradients is
+    grad · output, also where a key has value zero.
     """
     @staticmethod
     def forward(ctx, q, k, v, sinks, ends, longest, window, scale):
@@ -422,7 +419,8 @@ def _attend_masked(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Ten
                    sinks: Tensor | None) -> Tensor:
     if sinks is not None:
         return reference_attend(q_PTHd, k_PTKd, v_PTKe, segments=segments, window=window, scale=scale, sinks=sinks)
-    mask = (visible(segments, q_PTHd.shape[1], window) if traced()
-            else _once(segments, visible, q_PTHd.shape[1], window))[:, None]
+    T = q_PTHd.shape[1]
+    mask = visible(segments, T, window) if traced() else _once(segments, visible, T, window)
     q, k, v = (x.transpose(1, 2) for x in (q_PTHd, k_PTKd, v_PTKe))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], scale=scale, enable_gqa=True)
+    return o.transpose(1, 2)

@@ -1,5 +1,4 @@
-"""The head's product and the cross-entropy of its logits in one function, by chunks of tokens: logits [T, V] never
-exist at once.
+"""The head's product and the cross-entropy of its logits in one, by chunks of tokens: all logits never exist at once.
 
 `linear_cross_entropy` makes both gradients in forward, while a chunk's probabilities are there, so the three products
 of the head are all that is ever computed. `token_logprobs`, whose cotangents are not known in forward, computes the
@@ -17,15 +16,14 @@ from torch.utils.flop_counter import register_flop_formula
 from xtf.kernels import as_cuda, at_least_float32, functorch_active, is_fake, product_dtype, traced
 
 Tensor = torch.Tensor
-MIN_CHUNK = 1024  # bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's
-                                                 # gradient show (7 % at half of it)
+# bytes of a column of operands (256 float32 tokens): less, and the passes over the weight's gradient show (7 % at half)
+MIN_CHUNK = 1024
 CPU_LOGITS, GPU_LOGITS = 2 ** 22, 2 ** 28        # elements of a chunk, where the vocabulary leaves room for more tokens
 
 
 def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tensor, *,
                          z_loss: float = 0.0) -> Tensor:
-    """The sum over tokens of `weights * (nll + z_loss * lse ** 2)`, where the logits are `x @ weight.T` and lse is
-    their logsumexp.
+    """The sum over tokens of `weights * (nll + z_loss * lse ** 2)`, lse the logsumexp of the logits `x @ weight.T`.
 
     `labels_T` int64; any valid id where `weights_T` is 0. Tokens of weight 0 are left out on CPU. Statistics and the
     gradients' sums are in at least float32, and so is the scalar returned (nats). Memory: one chunk of logits, and the
@@ -90,7 +88,8 @@ def _plain_logits(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _check(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> None:
-    if x_TD.dim() != 2 or weight_VD.dim() != 2 or x_TD.shape[1] != weight_VD.shape[1] or labels_T.shape != x_TD.shape[:1]:
+    if (x_TD.dim() != 2 or weight_VD.dim() != 2 or x_TD.shape[1] != weight_VD.shape[1]
+            or labels_T.shape != x_TD.shape[:1]):
         raise ValueError(f"x {tuple(x_TD.shape)} [T, D], weight {tuple(weight_VD.shape)} [V, D] and labels "
                          f"{tuple(labels_T.shape)} [T] do not fit; flatten packs and positions to T first")
 
@@ -105,15 +104,14 @@ def _operands(x_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(x_nD: Tensor, V: int) -> Iterator[slice]:
     """Slices of about equal length."""
-    n, size = len(x_nD), max(MIN_CHUNK // x_nD.dtype.itemsize,
-                             (CPU_LOGITS if x_nD.device.type == "cpu" else GPU_LOGITS) // V)
+    n, logits = len(x_nD), CPU_LOGITS if x_nD.device.type == "cpu" else GPU_LOGITS
+    size = max(MIN_CHUNK // x_nD.dtype.itemsize, logits // V)
     size = math.ceil(n / math.ceil(n / size)) if n else 1
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, narrow: Tensor | None = None) -> Tensor:
-    """`out = a @ b`, with `out` in at least float32; `narrow` is room for the product in the dtype of a and b, where it
-    is made on CPU."""
+    """`out = a @ b`, `out` in at least float32; on CPU the product is made in the dtype of a and b, in `narrow`."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if as_cuda(a):
@@ -287,9 +285,9 @@ def _(x, weight, labels):
 
 
 def _logprobs_gradients(ctx, g):
-    x, weight, labels = ctx.saved_tensors
-    _, dx, dweight = torch.ops.xtf.linear_cross_entropy(x, weight, labels, -g, 0.0, *ctx.needs_input_grad[:2])
-    return dx.to(x.dtype) if ctx.needs_input_grad[0] else None, dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+    (x, weight, labels), (needs_x, needs_weight, _) = ctx.saved_tensors, ctx.needs_input_grad
+    _, dx, dweight = torch.ops.xtf.linear_cross_entropy(x, weight, labels, -g, 0.0, needs_x, needs_weight)
+    return dx.to(x.dtype) if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, None
 
 
 _logprobs_op.register_autograd(_logprobs_gradients,
@@ -298,8 +296,7 @@ _logprobs_op.register_autograd(_logprobs_gradients,
 
 @register_flop_formula(torch.ops.xtf.linear_cross_entropy, get_raw=True)
 def _flops(x, weight, labels, weights, z_loss, needs_x, needs_weight, **_):
-    """A product for the logits, one for each gradient; of the tokens that have weight, where the weights can be read
-    for nothing."""
+    """A product for the logits, one for each gradient; of tokens with weight, where weights can be read for free."""
     n = int(weights.count_nonzero()) if type(weights) is Tensor and weights.device.type == "cpu" else len(x)
     return 2 * n * weight.numel() * (1 + needs_x + needs_weight)
 

@@ -1,19 +1,19 @@
-"""Tokens to their experts and back, in one process: the meaning that the expert-parallel version keeps; and the
-experts' products.
+"""Tokens to their experts and back in one process, the meaning that expert parallelism keeps; experts' products.
 
-    plan = plan(experts_TK, E)                       # who goes where: integers alone
-    rows = arrive(dispatch(x_TD, weights_TK, plan))  # one row a (token, expert) pair, laid out by expert
-    y_TD = home(combine(y_ND, rows))                 # each token's rows summed
+    announced = announce(experts_TK, E)                   # who goes where: integers alone
+    rows = arrive(dispatch(x_TD, weights_TK, announced))  # one row a (token, expert) pair, laid out by expert: permute
+    y_TD = home(combine(y_ND, rows))                      # each token's rows summed: unpermute
 
 The four moves are cut where messages fly when experts live on other ranks: `dispatch` and `combine` start, `arrive` and
-`home` wait. Shapes depend on no choice: pairs of nobody are rows too, past the last offset, where `grouped_linear` and
-its gradients are zeros. So time and memory hardly depend on the routing, and torch.compile compiles it once.
+`home` wait. Nothing is dropped, so there is no capacity factor. Shapes depend on no choice: pairs of nobody are rows
+too, past the last offset, where `grouped_linear` (grouped GEMM) and its gradients are zeros. So time and memory hardly
+depend on the routing, and torch.compile compiles it once.
 
 T tokens   D hidden   E experts   K choices of a token   N = T K (token, choice) pairs   F features out
 A, B rows of any kind
 """
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +24,22 @@ from xtf.kernels import at_least_float32, functorch_active, is_fake, product_dty
 Tensor = torch.Tensor
 
 
-class Plan(NamedTuple):
-    """Pairs sorted by expert, those of nobody last: row n is pair `pairs_N[n]`, and pair p (choice p % K of token p //
-    K) is row `where_TK[p]`."""
+class Announced(NamedTuple):
+    """Pairs sorted by expert, those of nobody last: row n is pair `pairs_N[n]`.
+
+    Pair p (choice p % K of token p // K) is row `where_TK[p]`.
+    """
     pairs_N: Tensor
     where_TK: Tensor
     offsets_E: Tensor
 
 
 class Rows(NamedTuple):
-    """What the experts see: rows by expert, each pair's weight, where each expert's rows end; `plan` is the way
-    back."""
+    """What the experts see: rows by expert, each pair's weight, where each one's rows end; and the way back."""
     x_ND: Tensor
     weights_N: Tensor
     offsets_E: Tensor
-    plan: Plan
+    announced: Announced
 
     @property
     def dropped(self) -> Tensor:
@@ -46,24 +47,37 @@ class Rows(NamedTuple):
         return torch.zeros((), dtype=torch.int64, device=self.offsets_E.device)
 
 
+class Flight(NamedTuple):
+    """What `dispatch` sends: rows and weights, not yet laid out by expert."""
+    x_TD: Tensor
+    weights_TK: Tensor
+    announced: Announced
+
+
+class Return(NamedTuple):
+    """What `combine` sends: the experts' rows, not yet summed."""
+    y_ND: Tensor
+    announced: Announced
+
+
 # ---------------------------------------------------------------- the way there and back
 
-def plan(experts_TK: Tensor, num_experts: int) -> Plan:
+def announce(experts_TK: Tensor, num_experts: int) -> Announced:
     """Sort the (token, choice) pairs by expert. `experts_TK` holds expert ids, -1 where nobody is chosen.
 
     Raises ValueError at ids outside [-1, num_experts); on an accelerator, which is not waited for, its own assertion
     does.
 
-    >>> plan(torch.tensor([[1, 0], [1, -1]]), 2).offsets_E.tolist()
+    >>> announce(torch.tensor([[1, 0], [1, -1]]), 2).offsets_E.tolist()
     [1, 3]
     """
     flat_N = experts_TK.flatten()
     if not (functorch_active() or traced() or is_fake(flat_N)) and flat_N.numel():
         fits = ((flat_N >= -1) & (flat_N < num_experts)).all()
         if flat_N.is_cuda:
-            torch._assert_async(fits, f"plan: expert ids must lie in [-1, {num_experts})")
+            torch._assert_async(fits, f"announce: expert ids must lie in [-1, {num_experts})")
         elif not fits:
-            raise ValueError(f"plan: expert ids in [{int(flat_N.min())}, {int(flat_N.max())}], but there are "
+            raise ValueError(f"announce: expert ids in [{int(flat_N.min())}, {int(flat_N.max())}], but there are "
                              f"{num_experts} experts; -1 means nobody")
     ids_N, pairs_N = torch.where(flat_N < 0, num_experts, flat_N).sort(stable=True)
     experts_E = torch.arange(num_experts, device=flat_N.device)
@@ -71,58 +85,58 @@ def plan(experts_TK: Tensor, num_experts: int) -> Plan:
         offsets_E = (ids_N <= experts_E[:, None]).sum(1)
     else:
         offsets_E = torch.searchsorted(ids_N, experts_E.to(ids_N.dtype), right=True)
-    return Plan(pairs_N, pairs_N.argsort().view(experts_TK.shape), offsets_E)
+    return Announced(pairs_N, pairs_N.argsort().view(experts_TK.shape), offsets_E)
 
 
-def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan) -> Any:
-    """Start each token's row and weights on their way. Returns a flight for `arrive`."""
-    return x_TD, weights_TK, plan
+def dispatch(x_TD: Tensor, weights_TK: Tensor, announced: Announced) -> Flight:
+    """Start each token's row and weights on their way."""
+    return Flight(x_TD, weights_TK, announced)
 
 
-def arrive(flight: Any) -> Rows:
+def arrive(flight: Flight) -> Rows:
     """The rows, laid out by expert."""
-    x_TD, weights_TK, plan = flight
-    x_ND = spread(x_TD, plan.pairs_N // weights_TK.shape[1], plan.where_TK)
-    weights_N1 = spread(weights_TK.reshape(-1, 1), plan.pairs_N, plan.where_TK.view(-1, 1))
-    return Rows(x_ND, weights_N1.squeeze(1), plan.offsets_E, plan)
+    x_TD, weights_TK, (pairs_N, where_TK, offsets_E) = flight
+    x_ND = spread(x_TD, pairs_N // weights_TK.shape[1], where_TK)
+    weights_N1 = spread(weights_TK.reshape(-1, 1), pairs_N, where_TK.view(-1, 1))
+    return Rows(x_ND, weights_N1.squeeze(1), offsets_E, flight.announced)
 
 
-def combine(y_ND: Tensor, rows: Rows) -> Any:
-    """Start the experts' outputs on their way home. Returns a flight for `home`.
+def combine(y_ND: Tensor, rows: Rows) -> Return:
+    """Start the experts' outputs on their way home.
 
     `y_ND` already carries `rows.weights_N`: multiplied into the narrow hidden rows (or the outputs, where there is a
     bias), so that the way home is a sum and saves nothing. Rows past the last offset must be zeros, as `grouped_linear`
     leaves them.
     """
-    return y_ND, rows.plan
+    return Return(y_ND, rows.announced)
 
 
-def home(flight: Any) -> Tensor:
+def home(flight: Return) -> Tensor:
     """The sum, for each token, over the rows of the experts that it chose; zeros where nobody was chosen."""
-    y_ND, plan = flight
-    return collect(y_ND, plan.pairs_N // plan.where_TK.shape[1], plan.where_TK)
+    y_ND, (pairs_N, where_TK, _) = flight
+    return collect(y_ND, pairs_N // where_TK.shape[1], where_TK)
 
 
 # ---------------------------------------------------------------- one pair of adjoint moves
 
 def spread(x_AD: Tensor, src_B: Tensor, where_AK: Tensor) -> Tensor:
-    """y_b = x[src_b], zeros where `src_b` = A. `where_AK` holds the at most K places b to which each row went, B for
-    none.
+    """y_b = x[src_b], zeros where `src_b` = A. `where_AK`: the at most K places b to which each row went, B for none.
 
     The adjoint is `collect(g, src, where)`, a sum of K rows in a fixed order: nothing is added atomically. Saves the
     two index tensors.
 
-    >>> spread(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0, 1, 2]), torch.tensor([[1, 4], [0, 2]])).flatten().tolist()
+    >>> src, where = torch.tensor([1, 0, 1, 2]), torch.tensor([[1, 4], [0, 2]])
+    >>> spread(torch.tensor([[1.0], [2.0]]), src, where).flatten().tolist()
     [2.0, 1.0, 2.0, 0.0]
     """
     return _rows(x_AD, src_B) if functorch_active() else torch.ops.xtf.spread(x_AD, src_B, where_AK)
 
 
 def collect(y_BD: Tensor, src_B: Tensor, where_AK: Tensor) -> Tensor:
-    """x_a = sum over k of y[where_ak], in at least float32, nothing where it is B: the adjoint of `spread`, which is
-    its adjoint.
+    """x_a = sum over k of y[where_ak], in at least float32, without those that are B: adjoint to `spread`.
 
-    >>> collect(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 0, 1]), torch.tensor([[1, 3], [0, 2]])).flatten().tolist()
+    >>> src, where = torch.tensor([1, 0, 1]), torch.tensor([[1, 3], [0, 2]])
+    >>> collect(torch.tensor([[1.0], [2.0], [4.0]]), src, where).flatten().tolist()
     [2.0, 5.0]
     """
     return _summed(y_BD, where_AK) if functorch_active() else torch.ops.xtf.collect(y_BD, src_B, where_AK)
@@ -138,7 +152,8 @@ def _rows(x_AD: Tensor, src_B: Tensor) -> Tensor:
 def _summed(y_BD: Tensor, where_AK: Tensor) -> Tensor:
     """`collect` in plain torch."""
     wide = at_least_float32(y_BD.dtype)
-    return sum((_rows(y_BD, at_A).to(wide) for at_A in where_AK.unbind(1)), y_BD.new_zeros((), dtype=wide)).to(y_BD.dtype)  # type: ignore
+    rows = (_rows(y_BD, at_A).to(wide) for at_A in where_AK.unbind(1))
+    return sum(rows, y_BD.new_zeros((), dtype=wide)).to(y_BD.dtype)
 
 
 @torch.library.custom_op("xtf::spread", mutates_args=())
@@ -177,8 +192,7 @@ _collect.register_autograd(lambda ctx, g: (torch.ops.xtf.spread(g, *ctx.index), 
 # ---------------------------------------------------------------- products
 
 def grouped_linear(x_ND: Tensor, node: dict, offsets_E: Tensor, axes: tuple[str, str] | None = None) -> Tensor:
-    """Rows `offsets_E[e - 1]:offsets_E[e]` times expert e's weight: `node["weight"]` [E, F, D], optional `node["bias"]`
-    [E, F].
+    """Rows `offsets_E[e - 1]:offsets_E[e]` times expert e's weight [E, F, D], plus its bias [E, F] if `node` has one.
 
     Rows past the last offset come out as zeros, get zeros for gradient and cost nothing. `axes` = (in, out) logical
     names, for wrappers.
@@ -257,8 +271,7 @@ def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) ->
 @torch.library.custom_op("xtf::grouped_linear_backward", mutates_args=())
 def _grouped_backward(g: Tensor, x: Tensor | None, weight: Tensor, offsets: Tensor, needs_x: bool,
                       needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, the weight (where `x` is given) and the bias (in at least float32); empty where they are not
-    needed."""
+    """Gradients of x, the weight (where `x` is given) and the bias (at least float32); empty where not needed."""
     N, E, dtype = len(g), len(weight), product_dtype(g.dtype, g.device)
     dx, dweight, dbias = _empty_gradients(g, x, weight, offsets, needs_x, needs_bias)
     g = g.contiguous()
@@ -269,8 +282,8 @@ def _grouped_backward(g: Tensor, x: Tensor | None, weight: Tensor, offsets: Tens
             rows_E = offsets.diff(prepend=offsets.new_zeros(1))
             dweight = F.grouped_mm(g.T, x, offs=offsets.to(torch.int32)).masked_fill_((rows_E == 0)[:, None, None], 0)
         if needs_bias:  # rows of an expert summed by a product: no atomics
-            dbias = ((_expert_of_row(offsets, N) == torch.arange(E, device=g.device)[:, None]).to(g.dtype)
-                     @ g).to(dbias.dtype)
+            of_EN = _expert_of_row(offsets, N) == torch.arange(E, device=g.device)[:, None]
+            dbias = (of_EN.to(g.dtype) @ g).to(dbias.dtype)
         return dx, dweight, dbias
     sizes = _sizes(offsets, N)
     gs = g.to(dtype).split(sizes)
@@ -318,7 +331,8 @@ def _gradients(ctx, g):
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     dx, dweight, dbias = torch.ops.xtf.grouped_linear_backward(g, x if needs_weight else None, weight, offsets, needs_x,
                                                                needs_bias)
-    return dx if needs_x else None, dweight if needs_weight else None, dbias.to(ctx.bias_dtype) if needs_bias else None, None
+    return (dx if needs_x else None, dweight if needs_weight else None,
+            dbias.to(ctx.bias_dtype) if needs_bias else None, None)
 
 
 _grouped.register_autograd(_gradients, setup_context=_save)

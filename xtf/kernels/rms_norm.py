@@ -1,5 +1,4 @@
-"""Root-mean-square normalisation of rows: the reference in plain torch, kernels for CPU and CUDA (Triton), and one
-operator over them.
+"""Root-mean-square normalisation of rows: plain torch, kernels for CPU and CUDA (Triton), one operator over them.
 
 N rows   D their width
 """
@@ -17,8 +16,9 @@ MAX_BLOCK = 4096                # columns at a time; wider rows are read in turn
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x ** 2) + eps)` over the last dim, in the dtype of x; `weight` [D], statistics in at
-    least float32.
+    """`weight * x / sqrt(mean(x ** 2) + eps)` over the last dim, in the dtype of x; `weight` [D].
+
+    Statistics are in at least float32.
 
     The normalised row is rounded to the dtype of x before it meets the weight, as in transformers. Source: Zhang and
     Sennrich, arXiv 1910.07467, eq. 4. Raises ValueError if the weight is not one number a column.
@@ -177,8 +177,8 @@ _op_backward.register_kernel("cuda")(_backward)
 
 @_op.register_fake
 def _(x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty((*x.shape[:-1], 1),
-                                                                                   dtype=at_least_float32(x.dtype))
+    scale = x.new_empty((*x.shape[:-1], 1), dtype=at_least_float32(x.dtype))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), scale
 
 
 @_op_backward.register_fake

@@ -11,8 +11,7 @@ Tensor = torch.Tensor
 
 
 def apply_rope(x_PTHd: Tensor, cos_PTr: Tensor, sin_PTr: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotate pair i of each head's last r dims by its position's angle i, computed in the dtype of cos, returned in
-    that of x.
+    """Rotate pair i of each head's last r dims by its position's angle i: in the dtype of cos, returned in that of x.
 
     Pair i is dims (i, i + r / 2) of them, or (2 i, 2 i + 1) if `interleaved` (DeepSeek). `cos_PTr` and `sin_PTr` hold
     the r / 2 angles twice, as transformers lays them out (`interleaved` reads the first half); nothing but them is
@@ -27,7 +26,8 @@ def apply_rope(x_PTHd: Tensor, cos_PTr: Tensor, sin_PTr: Tensor, interleaved: bo
     [5.0, 0.0, 1.0, 0.0, 1.0]
     """
     r = cos_PTr.shape[-1]
-    if x_PTHd.dim() != 4 or cos_PTr.shape != sin_PTr.shape or cos_PTr.shape[-2:-1] != x_PTHd.shape[1:2] or r % 2 or r > x_PTHd.shape[-1]:
+    if (x_PTHd.dim() != 4 or cos_PTr.shape != sin_PTr.shape or cos_PTr.shape[-2:-1] != x_PTHd.shape[1:2]
+            or r % 2 or r > x_PTHd.shape[-1]):
         raise ValueError(f"apply_rope: x {tuple(x_PTHd.shape)} [P, T, H, d], cos {tuple(cos_PTr.shape)} and sin "
                          f"{tuple(sin_PTr.shape)} [P, T, r] do not fit: T must agree, r be even and at most d")
     if torch.compiler.is_compiling() or functorch_active() or cos_PTr.requires_grad or sin_PTr.requires_grad:

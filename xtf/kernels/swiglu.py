@@ -14,8 +14,7 @@ PIECE = 2 ** 16  # numbers on a CPU that a chain of passes takes at a time, so t
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, elementwise. Saves its two inputs for backward and nothing else, unless it is small:
-    silu(gate) is computed again there.
+    """`silu(gate) * up`, elementwise. Saves its two inputs alone, unless it is small: silu(gate) is computed again.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6. Raises ValueError if the shapes or dtypes differ.
 
@@ -31,8 +30,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def weighted_swiglu(gate_NF: Tensor, up_NF: Tensor, weights_N: Tensor) -> Tensor:
-    """`silu(gate) * up * weight`, a weight for each row, in the dtype of `gate`: what an expert's narrow rows carry
-    home.
+    """`silu(gate) * up * weight`, a weight a row, in the dtype of `gate`: what an expert's narrow rows carry home.
 
     Saves its three inputs and nothing else, unless it is small. The weights may be of a wider dtype, and their gradient
     is summed in at least float32. Raises ValueError if the shapes do not fit.
@@ -40,7 +38,8 @@ def weighted_swiglu(gate_NF: Tensor, up_NF: Tensor, weights_N: Tensor) -> Tensor
     >>> weighted_swiglu(torch.tensor([[0.0, 100.0]]), torch.tensor([[5.0, 2.0]]), torch.tensor([0.5])).tolist()
     [[0.0, 100.0]]
     """
-    if gate_NF.shape != up_NF.shape or gate_NF.dtype != up_NF.dtype or gate_NF.dim() != 2 or weights_N.shape != gate_NF.shape[:1]:
+    if (gate_NF.shape != up_NF.shape or gate_NF.dtype != up_NF.dtype or gate_NF.dim() != 2
+            or weights_N.shape != gate_NF.shape[:1]):
         raise ValueError(f"weighted_swiglu: gate {tuple(gate_NF.shape)} {gate_NF.dtype} and up {tuple(up_NF.shape)} "
                          f"{up_NF.dtype} must be alike, [N, F], and the weights {tuple(weights_N.shape)} [N]")
     if torch.compiler.is_compiling() or functorch_active() or (gate_NF.is_cpu and gate_NF.numel() <= SMALL):

@@ -1,5 +1,9 @@
 """Models: one module per family, with `Config`, `config`, `specs`, `names`, `hidden`, `forward`, `loss`,
-`token_losses`, `flops`."""
+`token_losses`, `flops`, and `loss_and_routing` where there are experts.
+
+What families share is in `dense`, `sparse` (those with experts) and `mla` (latent attention); `config` reads
+config.json.
+"""
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,11 +1,10 @@
-"""Hugging Face's config.json, decoded so that nothing in it is lost: honoured, known to be without effect, or refused
-by name.
+"""Hugging Face's config.json, with nothing in it lost: honoured, known to be without effect, or refused by name.
 
 Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling` with `type`, `torch_dtype`) and 5
 (`rope_parameters`, `dtype`).
 """
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -13,19 +12,42 @@ from xtf import nn
 
 C = TypeVar("C", bound=msgspec.Struct)
 
+
+class LayerTypes(Protocol):
+    """What `layer_windows` reads of a `Config`."""
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def sliding_window(self) -> int | None: ...
+    @property
+    def layer_types(self) -> tuple[str, ...] | None: ...
+
+
+class Windowed(LayerTypes, Protocol):
+    """What `resolve_windows` reads of a `Config`."""
+    @property
+    def use_sliding_window(self) -> bool: ...
+    @property
+    def max_window_layers(self) -> int: ...
+
+
+W = TypeVar("W", bound=Windowed)
+
 # Fields that change nothing in what these families compute, given token ids: labels, tokenizer, saving, caching,
 # generation.
 NO_EFFECT = frozenset("""
-    model_type architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype torchscript use_bfloat16
-    use_cache return_dict output_attentions output_hidden_states tie_last_hidden_states keys_to_ignore_at_inference
-    attn_implementation _attn_implementation _attn_implementation_autoset chunk_size_feed_forward is_llama_config transformers.js_config
-    unsloth_fixed unsloth_version bos_token_id eos_token_id sep_token_id decoder_start_token_id tokenizer_class
+    model_type architectures transformers_version _name_or_path name_or_path _commit_hash torch_dtype dtype torchscript
+    use_bfloat16 use_cache return_dict output_attentions output_hidden_states tie_last_hidden_states
+    keys_to_ignore_at_inference attn_implementation _attn_implementation _attn_implementation_autoset
+    chunk_size_feed_forward is_llama_config transformers.js_config unsloth_fixed unsloth_version
+    bos_token_id eos_token_id sep_token_id decoder_start_token_id tokenizer_class
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix
     assistant_confidence_threshold bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_scores
-    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens target_lookbehind temperature
+    top_k top_p typical_p
 """.split())
 
 # Fields of which these values alone are without effect, and what to do about any other.
@@ -71,7 +93,7 @@ def decode(cls: type[C], hf: dict, no_effect: Iterable[str] = (), **resolved: An
                          "computes; if it does not, remove it from config.json")
     given = {name: hf[name] for name in fields if name in hf} | resolved
     try:
-        cfg: Any = msgspec.convert(given, cls)
+        cfg: Any = msgspec.convert(given, cls)                  # a Struct and a ModelConfig: no type says both
         cfg = msgspec.structs.replace(cfg, rope=decode_rope(hf, cfg.max_position_embeddings))
         check(cfg)
     except (msgspec.ValidationError, ValueError) as e:
@@ -89,7 +111,8 @@ def readable(quantization: Any) -> bool:
         case None | {"quant_method": "mxfp4"}:
             return True
         case {"quant_method": "fp8", "weight_block_size": [int(), int()]}:
-            return (quantization.get("fmt", "e4m3"), quantization.get("activation_scheme", "dynamic")) == ("e4m3", "dynamic")
+            get = quantization.get
+            return get("fmt", "e4m3") == "e4m3" and get("activation_scheme", "dynamic") == "dynamic"
     return False
 
 
@@ -103,8 +126,8 @@ def one_spelling(hf: dict, name: str, *others: str) -> dict:
     if any(value != next(iter(given.values())) for value in given.values()):
         raise ValueError(f"{' and '.join(f'{k}={v!r}' for k, v in given.items())} are two names of one thing; remove "
                          "one of them")
-    return {k: v for k, v in hf.items() if k not in given} | dict.fromkeys([name] * bool(given),
-                                                                           next(iter(given.values()), None))
+    rest = {k: v for k, v in hf.items() if k not in given}
+    return rest | ({name: next(iter(given.values()))} if given else {})
 
 
 def decode_rope(hf: dict, max_position_embeddings: int) -> nn.AnyRope:
@@ -117,8 +140,8 @@ def decode_rope(hf: dict, max_position_embeddings: int) -> nn.AnyRope:
     >>> decode_rope({"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2}}, 64)
     LinearRope(factor=2.0, rope_theta=5000.0)
     """
-    found = [_rope(hf, spelling, max_position_embeddings) for spelling in ("rope_scaling", "rope_parameters")
-             if hf.get(spelling)]
+    found = [_rope(hf, spelling, max_position_embeddings)
+             for spelling in ("rope_scaling", "rope_parameters") if hf.get(spelling)]
     if len(found) == 2 and found[0] != found[1]:
         raise ValueError(f"rope_scaling says {found[0]} but rope_parameters {found[1]}; remove one of them")
     return (found or [_rope(hf, "rope_scaling", max_position_embeddings)])[0]
@@ -147,10 +170,11 @@ def _rope(hf: dict, spelling: str, max_position_embeddings: int) -> nn.AnyRope:
         return msgspec.convert(given, nn.AnyRope)
     except msgspec.ValidationError as e:
         kinds = "default, linear, dynamic, yarn, longrope, llama3"
-        raise ValueError(f"{spelling} of rope_type {kind!r}: {str(e).replace('$.', '')}; kinds supported are {kinds}") from None
+        why = str(e).replace("$.", "")
+        raise ValueError(f"{spelling} of rope_type {kind!r}: {why}; kinds supported are {kinds}") from None
 
 
-def check(cfg: Any) -> None:
+def check(cfg: nn.ModelConfig) -> None:
     """Raise ValueError where fields do not fit each other."""
     if cfg.num_attention_heads % cfg.num_key_value_heads:
         raise ValueError(f"num_key_value_heads={cfg.num_key_value_heads} does not divide "
@@ -184,15 +208,13 @@ def default_head_dim(hf: dict, hidden_size: int, num_heads: int) -> Any:
 
 
 def num_kv_heads(hf: dict, missing: int | None, num_heads: int) -> Any:
-    """`num_key_value_heads`; null means as many as there are query heads, and so does a missing field where `missing`
-    is None."""
+    """`num_key_value_heads`; null, or missing where `missing` is None, means as many as there are query heads."""
     given = hf.get("num_key_value_heads", missing)
     return hf.get("num_attention_heads", num_heads) if given is None else given
 
 
-def resolve_windows(cfg: Any) -> Any:
-    """Windows as transformers resolves them: none unless `use_sliding_window`, and without `layer_types` from layer
-    `max_window_layers` on.
+def resolve_windows(cfg: W) -> W:
+    """Windows as transformers resolves them: none unless `use_sliding_window`, by default from `max_window_layers` on.
 
     Raises ValueError as `layer_windows` does.
     """
@@ -201,23 +223,24 @@ def resolve_windows(cfg: Any) -> Any:
     if types is None:
         slides = lambda i: window is not None and i >= cfg.max_window_layers
         types = tuple("sliding_attention" if slides(i) else "full_attention" for i in range(cfg.num_hidden_layers))
-    cfg = msgspec.structs.replace(cfg, sliding_window=window, layer_types=types)
-    layer_windows(cfg)
-    return cfg
+    resolved = msgspec.structs.replace(cfg, sliding_window=window, layer_types=types)  # pyright: ignore
+    layer_windows(resolved)
+    return resolved
 
 
-def layer_windows(cfg: Any) -> tuple[int | None, ...]:
+def layer_windows(cfg: LayerTypes) -> tuple[int | None, ...]:
     """For each layer how many tokens it sees, None where it sees the whole document.
 
     Raises ValueError at a type that is neither full_attention nor sliding_attention, at a list of the wrong length, and
     at a sliding layer without a window.
     """
-    if len(cfg.layer_types) != cfg.num_hidden_layers:
-        raise ValueError(f"layer_types has {len(cfg.layer_types)} entries for num_hidden_layers={cfg.num_hidden_layers}")
-    for kind in cfg.layer_types:
+    types = cfg.layer_types or ()
+    if len(types) != cfg.num_hidden_layers:
+        raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers={cfg.num_hidden_layers}")
+    for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types has {kind!r}; supported are full_attention and sliding_attention")
         if kind == "sliding_attention" and cfg.sliding_window is None:
             raise ValueError("layer_types has sliding_attention but there is no window; set use_sliding_window=true "
                              "and sliding_window")
-    return tuple(cfg.sliding_window if kind == "sliding_attention" else None for kind in cfg.layer_types)
+    return tuple(cfg.sliding_window if kind == "sliding_attention" else None for kind in types)

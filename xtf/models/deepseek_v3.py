@@ -1,8 +1,9 @@
 """DeepSeek V3 (arXiv 2412.19437) and Kimi K2 (arXiv 2507.20534): latent attention, leading dense layers, experts chosen
 by corrected sigmoids, and modules that predict tokens further ahead (MTP, section 2.2).
 
-P packs   t positions here   T positions of a pack   S documents   D hidden   r rotary dims   V vocabulary
-K experts of a token
+P packs   t positions here   T positions of a pack   S documents   D hidden   r rotary dims   F mlp or expert width
+E experts   K experts of a token   G groups of experts, of which a token chooses g   n tokens of a document
+k the number of an MTP module, from 1: it predicts k tokens further ahead than the layers do
 """
 import math
 from collections.abc import Generator, Iterable, Sequence
@@ -141,15 +142,16 @@ def fit(cfg: Config, tensors: Iterable[str]) -> Config:
     """
     first = cfg.num_hidden_layers
     prefixes = tuple(f"model.layers.{i}." for i in range(first, first + cfg.num_nextn_predict_layers))
-    return cfg if any(name.startswith(prefixes)
-                      for name in tensors) else msgspec.structs.replace(cfg, num_nextn_predict_layers=0)
+    if any(name.startswith(prefixes) for name in tensors):
+        return cfg
+    return msgspec.structs.replace(cfg, num_nextn_predict_layers=0)
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter; `head` is absent where embeddings are tied, `mtp` where there are no such
-    modules.
+    """The description of every parameter; no `head` where embeddings are tied, no `mtp` without such modules.
 
-    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "first_k_dense_replace": 0})
+    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+    ...               "first_k_dense_replace": 0})
     >>> specs(cfg)["layers"][0]["experts"]["down"]["weight"].shape, specs(cfg)["mtp"][0]["eh_proj"]["weight"].shape
     ((256, 8, 2048), (8, 16))
     """
@@ -172,8 +174,9 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
             "correction": {"bias": Param((E,), torch.float32, ("router",), ZEROS, trainable=False)},
             "experts": mlp(cfg.moe_intermediate_size, E),
         }
-        return nodes | ({"shared": mlp(cfg.moe_intermediate_size * cfg.n_shared_experts)} if cfg.n_shared_experts
-                        else {})
+        if cfg.n_shared_experts:
+            nodes["shared"] = mlp(cfg.moe_intermediate_size * cfg.n_shared_experts)
+        return nodes
 
     def mtp_module() -> dict:
         return {"enorm": norm(D, "embed"), "hnorm": norm(D, "embed"), "eh_proj": product(D, 2 * D, ("embed", "embeds")),
@@ -182,8 +185,9 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
     table = lambda: product(cfg.vocab_size, D, ("vocab", "embed"))
     params = {"embed": table(), "layers": [layer(sparse) for sparse in cfg.sparse], "norm": norm(D, "embed")}
     params |= {} if cfg.tie_word_embeddings else {"head": table()}
-    return params | ({"mtp": [mtp_module() for _ in range(cfg.num_nextn_predict_layers)]}
-                     if cfg.num_nextn_predict_layers else {})
+    if cfg.num_nextn_predict_layers:
+        params["mtp"] = [mtp_module() for _ in range(cfg.num_nextn_predict_layers)]
+    return params
 
 
 def names(cfg: Config) -> dict[str, str]:
@@ -194,10 +198,10 @@ def names(cfg: Config) -> dict[str, str]:
     """
     whole = specs(cfg)
     modules = whole.pop("mtp", [])
-    found = nn.hf_names((*((f"layers.{{i}}.{node}", f"model.layers.{{i}}.{name}") for node, name in LAYER), *ENDS),
-                        whole)
-    for k, p in enumerate(modules):
-        found |= {f"mtp.{k}.{path}": f"model.layers.{cfg.num_hidden_layers + k}.{name}"
+    layers = ((f"layers.{{i}}.{node}", f"model.layers.{{i}}.{name}") for node, name in LAYER)
+    found = nn.hf_names((*layers, *ENDS), whole)
+    for i, p in enumerate(modules):
+        found |= {f"mtp.{i}.{path}": f"model.layers.{cfg.num_hidden_layers + i}.{name}"
                   for path, name in nn.hf_names(LAYER, p).items()}
     return found
 
@@ -218,28 +222,26 @@ def block(p: dict, x_PtD: torch.Tensor, cos_Ptr: torch.Tensor, sin_Ptr: torch.Te
 
 @moe.staged
 def mtp_block(p: dict, h_PtD: torch.Tensor, next_PtD: torch.Tensor, *shared: torch.Tensor, xs: torch.Tensor | None,
-              cfg: Config,
-           ops: Ops) -> Generator:
-    """One MTP module (eq. 21, 22): a layer over the projection of a later token's embedding and the depth before's
-    normed output.
+              cfg: Config, ops: Ops) -> Generator:
+    """One MTP module (eq. 21, 22): a layer over a projection of a later token's embedding and the last depth's output.
 
     The embedding's half comes first in eh_proj, as its name says and as DeepSeek's weights have it (vLLM, SGLang,
     Megatron; the paper writes it second). The depth before's output is after its own last norm, as in all of them.
     """
     both = torch.cat([nn.norm(next_PtD, p["enorm"], cfg), nn.norm(h_PtD, p["hnorm"], cfg)], -1)
-    yield from block.stages(p, ops.linear(both, p["eh_proj"], ("embeds", "embed")), *shared, xs=xs, cfg=cfg, ops=ops)  # pyright: ignore
+    x_PtD = ops.linear(both, p["eh_proj"], ("embeds", "embed"))
+    yield from block.stages(p, x_PtD, *shared, xs=xs, cfg=cfg, ops=ops)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def decoder(params: dict, batch: Batch, cfg: Config, ops: Ops, routes: Sequence[torch.Tensor] | None = None,
             mtp: bool = False) -> tuple[list[torch.Tensor], list[dict | None]]:
-    """What the last layer returns, [P, t, D], and with `mtp` what each module does; and what each layer's router
-    did."""
+    """What the last layer returns, [P, t, D], with `mtp` what each module does; and what the routers did."""
     modules = params.get("mtp", []) if mtp else []
     ids = [ops.split(later(batch.input_ids, batch, k)) for k in range(len(modules) + 1)]
     embedded = ops.use(partial(nn.embed, cfg=cfg), params["embed"], torch.cat(ids, 1)).chunk(len(ids), 1)
     cos_PTr, sin_PTr = nn.rope(cfg.rope, cfg.qk_rope_head_dim, batch.positions, batch.segments, embedded[0].dtype)
     shared, documents_Pt = (ops.split(cos_PTr), ops.split(sin_PTr), batch.segments), moe.documents(batch, ops)
-    replays = nn.replays(routes, [*params["layers"], *modules], ops)
+    replays = moe.replays(routes, [*params["layers"], *modules], ops)
     num_layers = len(params["layers"])
     x_PtD, routed = ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], embedded[0], *shared, documents_Pt,
                              xs=replays[:num_layers])
@@ -267,25 +269,13 @@ def later(x_PT: torch.Tensor, batch: Batch, k: int) -> torch.Tensor:
     return x_PT.roll(-k, 1).where(there_PT, 0) if k else x_PT
 
 
-def hidden(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Hidden states after the final norm, [P, t, D]."""
-    return nn.final_norm(params, decoder(params, batch, cfg, ops)[0][0], cfg, ops)
-
-
-def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Logits, [P, t, V]."""
-    return nn.logits(params, decoder(params, batch, cfg, ops)[0][0], cfg, ops)
-
-
-def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar, without MTP; logits exist a chunk at a time."""
-    return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0][0], batch.labels, batch.loss_mask, cfg, ops)
+# without MTP
+hidden, forward, loss, token_losses = nn.ends(lambda *args: decoder(*args)[0][0])
 
 
 def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
                      routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss` + λ times the mean over MTP modules of their summed losses (eq. 24, 25), and what the routers did, those
-    of the modules last.
+    """`loss` + λ × the mean over MTP modules of their summed losses (eq. 24, 25); what the routers did, modules' last.
 
     Module k predicts at position i the token i + k + 1 of the same document, weighted as `loss_mask` weights that
     token: the mask is cut over positions, so ranks that hold other positions of the same packs first put it together
@@ -305,11 +295,6 @@ def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
     return total, moe.gather(routed)
 
 
-def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """-log p(label) of every token, [P, t], without MTP; logits exist a chunk at a time, and once more in backward."""
-    return nn.token_nll(params, decoder(params, batch, cfg, ops)[0][0], batch.labels, cfg, ops)
-
-
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
     """Forward FLOPs of `loss_and_routing` over documents of these lengths; times 3 with the backward pass.
 
@@ -320,9 +305,9 @@ def flops(cfg: Config, lengths: Sequence[int]) -> float:
     whole, tokens = specs(cfg), sum(lengths)
     modules, head = whole.pop("mtp", []), whole["head" if "head" in whole else "embed"]
 
-    def weights(t: tree.Tree) -> int:
-        chosen = lambda p: math.prod(p.shape[1:]) * cfg.num_experts_per_tok if p.axes[0] == "expert" else math.prod(p.shape)
-        return sum(chosen(p) for p in tree.leaves(t) if len(p.shape) > 1)
+    def weights(nodes: tree.Tree) -> int:
+        chosen = lambda p: (cfg.num_experts_per_tok, *p.shape[1:]) if p.axes[0] == "expert" else p.shape
+        return sum(math.prod(chosen(p)) for p in tree.leaves(nodes) if len(p.shape) > 1)
 
     total = tokens * weights([whole["layers"], head]) + sum(tokens * weights([p, head]) for p in modules)
     total -= sum(min(k, n) * weights([p["experts"], head]) for k, p in enumerate(modules, 1) for n in lengths)

@@ -1,26 +1,23 @@
-"""GPT-OSS: attention with sinks, in every other layer under a window, and experts with biases and a clamped swiglu
-(arXiv 2508.10925).
+"""GPT-OSS (arXiv 2508.10925): sinks, windows in every other layer, and experts with biases and a clamped swiglu.
 
-P packs   t positions here   S documents   D hidden   d head dim   V vocabulary   N (token, expert) pairs
-F expert width   K experts of a token
+P packs   t positions here   S documents   D hidden   d head dim   F expert width   G gates and ups (2 F)   E experts
+K experts of a token   N (token, expert) pairs
 """
 from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
 import torch
 
 from xtf import moe, nn
-from xtf.data.batch import Batch
 from xtf.hf import Transposed
-from xtf.models import qwen3, qwen3_moe
+from xtf.models import dense, sparse
 from xtf.models.config import decode, default_head_dim, layer_windows, num_kv_heads, one_spelling
-from xtf.ops import LOCAL, Ops
+from xtf.ops import ExpertRows, Ops
 from xtf.spec import Normal, Param
 
 NAMES = (
-    *qwen3.NAMES,
+    *dense.NAMES,
     ("layers.{i}.sinks.weight", "model.layers.{i}.self_attn.sinks"),
     ("layers.{i}.router", "model.layers.{i}.mlp.router"),
     ("layers.{i}.experts.gate_up.weight", Transposed("model.layers.{i}.mlp.experts.gate_up_proj")),
@@ -33,12 +30,11 @@ THETA, YARN = 150000.0, {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0,
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of config.json that are honoured, with the defaults of transformers' GptOssConfig; windows are
-    resolved.
+    """The fields of config.json that are honoured, defaults as in transformers' GptOssConfig; windows are resolved.
 
     `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and
-    what `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu
-    that `swiglu_alpha` and `swiglu_limit` describe.
+    what `xtf.moe.balance` is multiplied by. `hidden_act` is "silu": it names the swiglu that `swiglu_alpha` and
+    `swiglu_limit` describe.
     """
     vocab_size: nn.Size = 201088
     hidden_size: nn.Size = 2880
@@ -98,10 +94,10 @@ def config(hf: dict) -> Config:
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter; `head` is absent where embeddings are tied. Rows of `gate_up` are gate and up
-    in turns.
+    """The description of every parameter; no `head` where embeddings are tied. `gate_up` has gate and up in turns.
 
-    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1})
+    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+    ...               "num_hidden_layers": 1})
     >>> specs(cfg)["layers"][0]["experts"]["gate_up"]["bias"].shape
     (128, 5760)
     """
@@ -139,7 +135,7 @@ def names(cfg: Config) -> dict[str, str]:
     return nn.hf_names(NAMES, specs(cfg))
 
 
-def experts(p: dict, rows: Any, ops: Ops, cfg: Config) -> torch.Tensor:
+def experts(p: dict, rows: ExpertRows, cfg: Config, ops: Ops) -> torch.Tensor:
     """down((up x + 1) * gate x * sigmoid(alpha gate x)) of every row, up and gate clamped, times the row's weight.
 
     The weight comes last, since `down` has a bias. Source: transformers' GptOssExperts.
@@ -164,39 +160,10 @@ def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Te
                          onto=x_PtD, experts=partial(experts, cfg=cfg), routes=routes_PtK)
 
 
-decoder = partial(qwen3_moe.decoder, block=block)
-
-
-def hidden(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Hidden states after the final norm, [P, t, D]."""
-    return nn.final_norm(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
-
-
-def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Logits, [P, t, V]."""
-    return nn.logits(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
-
-
-def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
-    in forward."""
-    return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0], batch.labels, batch.loss_mask, cfg, ops)
-
-
-def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
-                     routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer (as `Routing.experts`), replays recorded
-    choices."""
-    x_PtD, routed = decoder(params, batch, cfg, ops, routes)
-    return nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops), moe.gather(routed)
-
-
-def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """-log p(label) of every token, [P, t]; logits exist a chunk at a time, and once more in backward."""
-    return nn.token_nll(params, decoder(params, batch, cfg, ops)[0], batch.labels, cfg, ops)
+decoder = partial(sparse.decoder, block=block)
+hidden, forward, loss, token_losses, loss_and_routing = sparse.ends(decoder)
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
-    pass."""
+    """FLOPs of a forward pass over documents of these lengths, by `xtf.nn.flops`; times 3 with the backward pass."""
     return nn.flops(specs(cfg), cfg, cfg.windows, lengths)

@@ -1,20 +1,17 @@
 """Qwen3-MoE: Qwen3's attention, and in most layers experts instead of one MLP (arXiv 2505.09388).
 
-P packs   t positions here   T positions of a pack   S documents   D hidden   d head dim   V vocabulary
-K experts of a token
+P packs   t positions here   S documents   D hidden   d head dim   F expert width   E experts   K experts of a token
 """
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
-from typing import Any
 
 import msgspec
 import torch
 
 from xtf import moe, nn
-from xtf.data.batch import Batch
-from xtf.models import qwen3
+from xtf.models import dense, qwen3, sparse
 from xtf.models.config import decode, default_head_dim, num_kv_heads, one_spelling
-from xtf.ops import LOCAL, Ops
+from xtf.ops import Ops
 
 NAMES = (
     *qwen3.NAMES,
@@ -26,8 +23,7 @@ NAMES = (
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of config.json that are honoured, with the defaults of transformers' Qwen3MoeConfig; the window is
-    resolved.
+    """The fields of config.json that are honoured, defaults as in transformers' Qwen3MoeConfig; the window is resolved.
 
     `output_router_logits` and `router_aux_loss_coef` are for the training step: whether a balancing loss is added, and
     what `xtf.moe.balance` is multiplied by.
@@ -75,8 +71,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def config(hf: dict) -> Config:
-    """From the dict of a config.json. As in transformers a window, if used, is every layer's: `max_window_layers` has
-    no effect.
+    """From the dict of a config.json. As in transformers a window is every layer's: `max_window_layers` has no effect.
 
     Raises ValueError naming the field that is unknown, not supported or of a wrong type.
 
@@ -91,17 +86,17 @@ def config(hf: dict) -> Config:
 
 
 def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
-    """The description of every parameter: Qwen3's, with a router and stacked experts in place of the MLP of sparse
-    layers.
+    """The description of every parameter: Qwen3's, with a router and stacked experts for the MLP of sparse layers.
 
-    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1})
+    >>> cfg = config({"vocab_size": 16, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+    ...               "num_hidden_layers": 1})
     >>> specs(cfg)["layers"][0]["experts"]["down"]["weight"].shape
     (128, 8, 768)
     """
-    params = qwen3.specs(cfg, dtype)  # pyright: ignore[reportArgumentType]      (cfg has all fields that it reads)
+    params = dense.specs(cfg, dtype, qkv_bias=cfg.attention_bias, o_bias=cfg.attention_bias, qk_norm=True)
     product = partial(nn.product, cfg=cfg, dtype=dtype)
     D, F, E = cfg.hidden_size, cfg.moe_intermediate_size, cfg.num_experts
-    for i in (i for i, sparse in enumerate(cfg.sparse) if sparse):
+    for i in (i for i, has_experts in enumerate(cfg.sparse) if has_experts):
         attention = {name: node for name, node in params["layers"][i].items() if name not in ("gate", "up", "down")}
         params["layers"][i] = attention | {
             "router": product(E, D, ("router", "embed")),
@@ -139,46 +134,10 @@ def block(p: dict, x_PtD: torch.Tensor, cos_Ptd: torch.Tensor, sin_Ptd: torch.Te
                          onto=x_PtD, experts=partial(nn.experts, cfg=cfg), routes=routes_PtK)
 
 
-def decoder(params: dict, batch: Batch, cfg: Any, ops: Ops, routes: Sequence[torch.Tensor] | None = None,
-            block: Callable = block) -> tuple[torch.Tensor, list[dict | None]]:
-    """What the last layer returns, [P, t, D], and what each layer's router did (None where there is none)."""
-    x_PtD = ops.use(partial(nn.embed, cfg=cfg), params["embed"], ops.split(batch.input_ids))
-    cos_PTd, sin_PTd = nn.rope(cfg.rope, cfg.head_dim, batch.positions, batch.segments, x_PtD.dtype)
-    shared = ops.split(cos_PTd), ops.split(sin_PTd), batch.segments, moe.documents(batch, ops)
-    xs = list(zip(cfg.windows, nn.replays(routes, params["layers"], ops), strict=True))
-    return ops.scan(partial(block, cfg=cfg, ops=ops), params["layers"], x_PtD, *shared, xs=xs)
-
-
-def hidden(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Hidden states after the final norm, [P, t, D]."""
-    return nn.final_norm(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
-
-
-def forward(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """Logits, [P, t, V]."""
-    return nn.logits(params, decoder(params, batch, cfg, ops)[0], cfg, ops)
-
-
-def loss(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """This rank's sum of loss_mask * nll, a scalar; logits exist a chunk at a time, and the head's gradients are made
-    in forward."""
-    return nn.summed_loss(params, decoder(params, batch, cfg, ops)[0], batch.labels, batch.loss_mask, cfg, ops)
-
-
-def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
-                     routes: Sequence[torch.Tensor] | None = None) -> tuple[torch.Tensor, moe.Routing]:
-    """`loss`, and what the routers did. `routes`, one [P, T, K] a layer with experts (as `Routing.experts`), replays
-    recorded choices."""
-    x_PtD, routed = decoder(params, batch, cfg, ops, routes)
-    return nn.summed_loss(params, x_PtD, batch.labels, batch.loss_mask, cfg, ops), moe.gather(routed)
-
-
-def token_losses(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL) -> torch.Tensor:
-    """-log p(label) of every token, [P, t]; logits exist a chunk at a time, and once more in backward."""
-    return nn.token_nll(params, decoder(params, batch, cfg, ops)[0], batch.labels, cfg, ops)
+decoder = partial(sparse.decoder, block=block)
+hidden, forward, loss, token_losses, loss_and_routing = sparse.ends(decoder)
 
 
 def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`; times 3 with the backward
-    pass."""
+    """FLOPs of a forward pass over documents of these lengths, by `xtf.nn.flops`; times 3 with the backward pass."""
     return nn.flops(specs(cfg), cfg, cfg.windows, lengths)

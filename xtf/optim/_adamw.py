@@ -16,21 +16,30 @@ from xtf.optim.schedules import Schedule
 
 def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1,
           mask: Mask | None = None, moments: M.Kind = "fp32") -> Optimizer:
-    """Adam with decoupled weight decay. With t = 1, 2, ... and the gradient g of a parameter p:
+    """Adam with decoupled weight decay.
+
+    With t = 1, 2, ... the number of the step (one that is not `ok` does not count) and g the gradient of a parameter p:
 
         m = b1 m + (1 - b1) g                  v = b2 v + (1 - b2) g²
         update = -lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p)
 
-    `lr` is a number, or a schedule called with t - 1; a step that is not `ok` does not count. `mask(path, leaf)` says
-    which leaves decay; without it all do, as in torch.optim.AdamW. Moments are float32 (float64 for float64 parameters)
-    and lie as their parameter lies; with `moments="bf16"` or `"int8"` they are kept in fewer bits between steps
-    (`xtf.optim.moments`: 4 or about 2 bytes for each parameter instead of 8). The update has their dtype, at least
-    float32. State: `{"step": int64 scalar, "m": tree, "v": tree}`.
+    Args:
+        lr: the learning rate, a number, or a schedule that is called with t - 1.
+        b1: the decay of the first moment m a step, in [0, 1).
+        b2: the decay of the second moment v a step, in [0, 1).
+        eps: what is added to the root, in the gradient's unit, so that nothing is divided by zero.
+        weight_decay: the part of p that is taken off a step, before it is multiplied by lr.
+        mask: `mask(path, leaf)` says which leaves decay; by default all do, as in torch.optim.AdamW.
+        moments: how m and v are kept between steps: "fp32" (float64 for float64 parameters), or in fewer bits "bf16"
+            and "int8" (`xtf.optim.moments`: 4 or about 2 bytes for each parameter instead of 8).
 
-    Raises ValueError for a gradient at a leaf that was frozen when the state was made, or of another shape than its
-    parameter, and for other `moments`.
+    Returns: an `Optimizer` with the state `{"step": int64 scalar, "m": tree, "v": tree}`. Moments lie as their
+    parameter lies, and an update has their dtype, at least float32.
 
-    Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
+    Raises: ValueError for other `moments`; when it updates, for a gradient of another shape than its parameter, or at a
+    leaf that was frozen when the state was made.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019, algorithm 2.
 
     >>> tx, params = adamw(0.1, weight_decay=0.0), {"w": torch.zeros(2, requires_grad=True)}
     >>> updates, opt = tx.update({"w": torch.tensor([2.0, -3.0])}, tx.init(params), params)
@@ -43,7 +52,8 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
         return {"step": count(params), "m": tree.tree_map(make_m, params), "v": tree.tree_map(make_v, params)}
 
     @torch.no_grad()
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         ok = known(extra, ops)[1]
         leaves = tree.zip_leaves(params, grads, state["m"], state["v"])
         decays = [True] * len(leaves) if mask is None else [mask(path, p) for path, p in tree.flatten_with_path(params)]
@@ -72,8 +82,8 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
             u = u.to(old_m.dtype)
             out.append((like(u, m), like(new_m, m), like(new_v, v)))
             if u.numel():
-                jobs.setdefault((u.device, u.dtype, bool(decays[i])),
-                                []).append((u, local(p), old_m, old_v, new_m, new_v))
+                job = jobs.setdefault((u.device, u.dtype, bool(decays[i])), [])
+                job.append((u, local(p), old_m, old_v, new_m, new_v))
         numbers = {"step": step, "lr": rate, "beta1": b1, "beta2": b2, "eps": eps, "weight_decay": weight_decay,
                    "ok": ok}
         for (where, dtype, decay), job in jobs.items():
@@ -93,8 +103,7 @@ def adamw(lr: float | Schedule, b1: float = 0.9, b2: float = 0.95, eps: float = 
 
 def _kernel(where: torch.device, dtype: torch.dtype, decay: bool, *, step: torch.Tensor, lr: Any, beta1: float,
             beta2: float, eps: float, weight_decay: float, ok: torch.Tensor | None) -> Any:
-    """run(us, ps, ms, vs): gradients become updates, moments the next ones, where the step is `ok`; else updates become
-    zeros."""
+    """run(us, ps, ms, vs): gradients become updates and moments the next ones; where not `ok`, updates are zeros."""
     adam = partial(_fused if device.has_fused_adamw(where) else _plain, step=step.to(dtype), beta1=beta1, beta2=beta2,
                    eps=eps)
     shrink = -lr * weight_decay * decay                                # never +0.0
@@ -137,8 +146,7 @@ def _plain(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: 
 
 
 def _buckets(leaves: list[tuple], limit: int) -> Iterator[tuple[list, ...]]:
-    """Large leaves cut into flat pieces, small ones put together, so that about `limit` elements of each kind are
-    worked on at a time."""
+    """Large leaves cut into flat pieces, small ones put together: about `limit` elements of each kind at a time."""
     bucket, size = [], 0
     for leaf in leaves:
         cut = [leaf] if leaf[0].numel() <= limit else zip(*(x.reshape(-1).split(limit) for x in leaf), strict=True)

@@ -25,16 +25,23 @@ class Ema(NamedTuple):
 
 
 def ema(decay: float) -> Ema:
-    """The average e = decay e + (1 - decay) p of each parameter over steps, in at least float32, for
-    `TrainState.extra`.
+    """An exponential moving average of the parameters over steps, for `TrainState.extra`.
 
-    init(params) -> the parameters themselves, copied: so there is no bias to correct. Frozen leaves have None.
-    update(average, params, ops, ok=None) -> the next one, in the old one's memory if `ops.donate`; where `ok` is False,
-    the old one. `averaged(average, params)` is the tree to evaluate or save.
+    With p a parameter after the step:
 
-    Raises ValueError for a decay that is not in [0, 1).
+        e = decay e + (1 - decay) p
 
-    Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992.
+    Args:
+        decay: the part of the average that stays a step, in [0, 1).
+
+    Returns: an `Ema`, the pair of init(params) -> average and update(average, params, ops, ok=None) -> the next one.
+    The average begins as a copy of the parameters, so that there is no bias to correct. It has at least float32, lies
+    as the parameters lie, and is None at frozen leaves. The next one is in the old one's memory if `ops.donate`; where
+    `ok` is False it is the old one. `averaged(average, params)` is the tree to evaluate or save.
+
+    Raises: ValueError for a decay that is not in [0, 1).
+
+    Reference: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992.
 
     >>> tx, params = ema(0.75), {"w": torch.zeros(1, requires_grad=True)}
     >>> tx.update(tx.init(params), {"w": torch.ones(1, requires_grad=True)})
@@ -65,5 +72,5 @@ def averaged(average: tree.Tree, params: tree.Tree) -> tree.Tree:
     >>> averaged({"w": torch.ones(1), "frozen": None}, {"w": torch.zeros(1).bfloat16(), "frozen": torch.zeros(1)})
     {'w': tensor([1.], dtype=torch.bfloat16), 'frozen': tensor([0.])}
     """
-    return tree.tree_map(lambda p, e: p if e is None else like(local(e).to(p.dtype), p).requires_grad_(p.requires_grad),
-                         params, average)
+    cast = lambda p, e: like(local(e).to(p.dtype), p).requires_grad_(p.requires_grad)
+    return tree.tree_map(lambda p, e: p if e is None else cast(p, e), params, average)

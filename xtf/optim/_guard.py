@@ -1,5 +1,4 @@
-"""Steps that should not be taken: `guard` finds them on the device, so that nothing waits, and the optimizer leaves
-them out."""
+"""Steps that should not be taken: `guard` finds them on the device, without waiting; the optimizer leaves them out."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +29,7 @@ class Guard:
 
     @torch.no_grad()
     def check(self, state: tree.Tree, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, tree.Tree]:
-        """(ok, new state) for a step's global loss and gradient norm, scalar tensors that are the same on every
-        rank."""
+        """(ok, new state) for a step's global loss and gradient norm, scalar tensors, the same on every rank."""
         now = torch.stack([loss.double(), norm.double()])
         taken, window = state["taken"], state["window"]
         place = torch.arange(self.window, device=window.device)
@@ -56,7 +54,9 @@ class Guard:
         """
         if (row := int(seen["in_a_row"])) < self.patience:
             return None
-        last = "" if "refused" not in seen else " The last of them had loss {:.6g} and gradient norm {:.6g}.".format(*seen["refused"].tolist())
+        last = ""
+        if "refused" in seen:
+            last = " The last of them had loss {:.6g} and gradient norm {:.6g}.".format(*seen["refused"].tolist())
         return (f"{row} steps in a row were skipped: their loss or gradient norm was not finite, or more than "
                 f"{self.sigma:g} standard deviations above those of the last {self.window} steps taken.{last} The "
                 "parameters are those before them. Go on from an earlier checkpoint (--resume OUT/checkpoints/N with "
@@ -65,16 +65,25 @@ class Guard:
 
 
 def guard(window: int = 128, sigma: float = 6.0, patience: int = 10) -> Guard:
-    """Leave out steps whose loss or gradient norm is not finite, or a spike beyond `sigma` standard deviations above
-    its window.
+    """Leave out steps whose loss or gradient norm is not finite, or a spike above those before.
 
-    The window holds the losses and norms of the last `window` steps that were taken; spikes are looked for once it
-    holds 32. Its standard deviation counts as at least a thousandth of its mean. The state is a tree of tensors for
-    `TrainState.extra`: `taken`, `skipped`, `in_a_row` (int64 scalars), `window` (float64 [2, window], losses and norms,
-    a ring) and `refused` (float64 [2], the last that was left out). Give `ok` to the optimizer's `update`; log
-    `metrics`, and stop when `advice` says so.
+    With the mean and the standard deviation of x, the loss or the norm, over the steps last taken, a step is `ok` if
+    for both, once there are 32 such steps,
 
-    Raises ValueError for a window below 32, or a sigma or patience that is not positive.
+        x <= mean + sigma max(deviation, |mean| / 1000)
+
+    Give `ok` to the optimizer's `update`; log `metrics`, and stop when `advice` says so.
+
+    Args:
+        window: how many of the steps last taken the mean and the deviation are of, at least 32.
+        sigma: how many standard deviations above the mean are a spike.
+        patience: after how many steps in a row that were left out `advice` says to stop.
+
+    Returns: a `Guard`. Its state is a tree of tensors for `TrainState.extra`: `taken`, `skipped`, `in_a_row` (int64
+    scalars), `window` (float64 [2, window], losses and norms, a ring) and `refused` (float64 [2], the last step that
+    was left out).
+
+    Raises: ValueError for a window below 32, or a sigma or patience that is not positive.
 
     >>> watch = guard(patience=1)
     >>> ok, state = watch.check(watch.init("cpu"), loss=torch.tensor(2.0), norm=torch.tensor(float("nan")))

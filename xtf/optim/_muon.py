@@ -17,24 +17,37 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, steps: int = 5, weight_decay: float = 0.1,
          mask: Mask | None = None, adjust: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
          dtype: torch.dtype | None = torch.bfloat16) -> Optimizer:
-    """Momentum whose singular values are brought near 1, with decoupled weight decay. With the gradient g of a matrix p
-    [a, b]:
+    """Momentum whose singular values are brought near 1, with decoupled weight decay.
+
+    With g the gradient of a matrix p [a, b]:
 
         m = momentum m + (1 - momentum) g      u = momentum m + (1 - momentum) g if nesterov else m
         update = -lr (scale orthogonalise(u) + weight_decay p)
 
-    Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). `scale` is 0.2 sqrt(max(a, b)),
-    with which updates are as large as AdamW's and take its learning rate and decay (Liu et al., Muon is Scalable for
-    LLM Training, 2025, equation 4), or with adjust="original" sqrt(max(1, a / b)) (Jordan). `orthogonalise` takes
-    `steps` steps in `dtype` (None: that of the moments; float32 for bf16 on processors without bf16 products).
-    `mask(path, leaf)` says which leaves decay. State: `{"step": int64 scalar, "m": tree}`.
+    Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). Those that are stored in parts are
+    brought together by `ops.matrices`, each on one rank. Embeddings, the head and vectors want another optimizer: see
+    `partition` and `hidden_matrix`.
 
-    Matrices that are stored in parts are brought together by `ops.matrices`, each on one rank. Embeddings, the head and
-    vectors want another optimizer: see `partition` and `hidden_matrix`.
+    Args:
+        lr: the learning rate, a number, or a schedule that is called with the number of steps done.
+        momentum: the decay of m a step, in [0, 1).
+        nesterov: whether the update looks one step of momentum ahead.
+        steps: how many steps `orthogonalise` takes.
+        weight_decay: the part of p that is taken off a step, before it is multiplied by lr.
+        mask: `mask(path, leaf)` says which leaves decay; by default all do.
+        adjust: the scale. "match_rms_adamw" is 0.2 sqrt(max(a, b)), with which updates are as large as AdamW's and take
+            its learning rate and decay (Liu et al.); "original" is sqrt(max(1, a / b)) (Jordan et al.).
+        dtype: in which `orthogonalise` computes; None is that of the moments. On processors without bf16 products it is
+            float32 for bf16.
 
-    Raises ValueError for a leaf that is no matrix, and as `adamw` does.
+    Returns: an `Optimizer` with the state `{"step": int64 scalar, "m": tree}`. m has at least float32 and lies as its
+    parameter lies.
 
-    Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
+    Raises: ValueError for another `adjust`; when it makes its state, for a leaf that is no matrix; when it updates, for
+    a gradient of another shape than its parameter, or at a leaf that was frozen when the state was made.
+
+    Reference: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024. Liu et al., Muon is
+    Scalable for LLM Training, 2025, equation 4.
 
     >>> tx, params = muon(0.1, weight_decay=0.0, adjust="original"), {"w": torch.zeros(2, 2, requires_grad=True)}
     >>> updates, _ = tx.update({"w": torch.tensor([[1.0, 0.0], [0.0, 100.0]])}, tx.init(params), params)
@@ -52,11 +65,12 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
         return {"step": count(params), "m": tree.tree_map(moment, params)}
 
     @torch.no_grad()
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         ok = known(extra, ops)[1]
         rate = lr(state["step"]) if callable(lr) else lr
-        leaves = [(path, *rest) for (path, _), rest in zip(tree.flatten_with_path(params),
-                                                           tree.zip_leaves(params, grads, state["m"]), strict=True)]
+        named, together = tree.flatten_with_path(params), tree.zip_leaves(params, grads, state["m"])
+        leaves = [(path, *rest) for (path, _), rest in zip(named, together, strict=True)]
         directions, moved = [], []
         for path, p, g, old in leaves:
             if g is None:
@@ -87,11 +101,21 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
 
 
 def orthogonalise(x_Nab: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Each matrix U S V' brought near U V': its singular values, divided by their 2-norm, go `steps` times through a
-    quintic that pushes (0, 1] towards [0.7, 1.2]. Products run in the matrices' dtype; the update's scale does not
-    depend on the gradient's.
+    """Each matrix U S V' brought near U V', whatever the scale of S.
 
-    >>> orthogonalise(torch.diag(torch.tensor([3.0, 0.5])).unsqueeze(0)).diagonal(dim1=1, dim2=2).sub(1).abs().max().item() < 0.4
+    The singular values, divided by their 2-norm, go `steps` times through a quintic that pushes (0, 1] towards
+    [0.7, 1.2].
+
+    Args:
+        x_Nab: N matrices; products run in their dtype.
+        steps: how many times the quintic is applied.
+
+    Returns: N matrices of the same shape and dtype.
+
+    Reference: the iteration and its coefficients are those of Jordan et al. (see `muon`).
+
+    >>> x = orthogonalise(torch.diag(torch.tensor([3.0, 0.5])).unsqueeze(0))
+    >>> x.diagonal(dim1=1, dim2=2).sub(1).abs().max().item() < 0.4
     True
     """
     a, b, c = COEFFICIENTS

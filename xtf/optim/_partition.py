@@ -10,16 +10,23 @@ from xtf.optim.core import Optimizer
 
 
 def partition(txs: Mapping[str, Optimizer], label_of: Callable[[str, torch.Tensor], str]) -> Optimizer:
-    """Each leaf to the optimizer that `label_of(path, leaf)` names.
+    """Each leaf to the optimizer that its label names.
 
     An optimizer sees its leaves as a dict by path, so its masks get the paths they would get alone. `norm` is not
-    passed on: it is that of all leaves (clip before the partition). State: a dict by label.
+    passed on: it is that of all leaves (clip before the partition).
 
-    Raises ValueError for a label that is not among `txs`, naming the leaf.
+    Args:
+        txs: the optimizers by label; a label may have no leaves.
+        label_of: `label_of(path, leaf)` is a leaf's label.
+
+    Returns: an `Optimizer` whose state is a dict of theirs by label.
+
+    Raises: ValueError, naming the leaf, for a label that is not among `txs`, when it makes its state or updates.
 
     >>> fast = lambda path, leaf: "fast" if path == "head" else "slow"
     >>> from xtf.optim import sgd
-    >>> tx, params = partition({"fast": sgd(1.0), "slow": sgd(0.1)}, fast), {"body": torch.zeros(1), "head": torch.zeros(1)}
+    >>> tx = partition({"fast": sgd(1.0), "slow": sgd(0.1)}, fast)
+    >>> params = {"body": torch.zeros(1), "head": torch.zeros(1)}
     >>> updates, _ = tx.update({"body": torch.ones(1), "head": torch.ones(1)}, tx.init(params), params)
     >>> updates
     {'body': tensor([-0.1000]), 'head': tensor([-1.])}
@@ -40,7 +47,8 @@ def partition(txs: Mapping[str, Optimizer], label_of: Callable[[str, torch.Tenso
         return {label: txs[label].init({path: leaves[i] for path, i in group.items()})
                 for label, group in split(params).items()}
 
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         extra.pop("norm", None)
         pairs = tree.zip_leaves(params, grads)
         updates: list[Any] = [None] * len(pairs)

@@ -32,8 +32,7 @@ class Optimizer(NamedTuple):
         norm: the 2-norm of `grads`, a scalar tensor, so that it need not be taken again.
         ok: a bool scalar tensor on the parameters' device, the same on every rank. Where it is False the new state is
             the old one bit for bit, and the updates leave every bit of the parameters (they are zeros), whatever is in
-            `grads`: the step is skipped. What only scales gradients for the next in a `chain` passes them on as they
-                are.
+            `grads`: the step is skipped. What only scales gradients for the next in a `chain` passes them on as is.
 
     >>> scale = lambda grads, state, params, ops=LOCAL, **extra: (tree.tree_map(lambda g: -0.1 * g, grads), state)
     >>> tx = Optimizer(lambda params: (), scale)
@@ -46,16 +45,17 @@ class Optimizer(NamedTuple):
 
 
 def known(extra: dict[str, Any], ops: Ops) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(norm, ok) of an update's extras, `ok` False also where the layout was not up to the step; raises TypeError for
-    any other name."""
+    """(norm, ok) of an update's extras, `ok` False also where the layout was not up to the step.
+
+    Raises TypeError for any other name.
+    """
     if extra.keys() - {"norm", "ok"}:
         raise TypeError(f"update: unknown extras {sorted(extra.keys() - {'norm', 'ok'})}; known are norm and ok")
     return extra.get("norm"), ops.sound(extra.get("ok"))
 
 
 def count(params: tree.Tree) -> torch.Tensor:
-    """The number of steps taken so far: an int64 zero where the parameters are, so that a step that is not `ok` need
-    not be waited for."""
+    """The number of steps taken so far, an int64 zero where the parameters are: the host never waits for `ok`."""
     where = next((p.device for p in tree.leaves(params)), "cpu")
     return torch.zeros((), dtype=torch.int64, device=where)
 
@@ -69,11 +69,11 @@ def moment(p: torch.Tensor) -> torch.Tensor | None:
 
 
 def refusal(name: str, path: str, g: torch.Tensor, p: torch.Tensor) -> ValueError:
-    """What to raise for a gradient of another shape than its parameter, or at a leaf that was frozen when the state was
-    made."""
-    return ValueError(f"{name}: {path} has a gradient of shape {tuple(g.shape)}, but " + (
-        f"its parameter has {tuple(p.shape)}" if g.shape != p.shape
-        else "its moments are None: it was frozen at init; init the optimizer again"))
+    """What to raise for a gradient of another shape than its parameter, or at a leaf that was frozen at init."""
+    what = "its moments are None: it was frozen at init; init the optimizer again"
+    if g.shape != p.shape:
+        what = f"its parameter has {tuple(p.shape)}"
+    return ValueError(f"{name}: {path} has a gradient of shape {tuple(g.shape)}, but {what}")
 
 
 def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float) -> torch.Tensor:
@@ -85,8 +85,16 @@ def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float
 
 
 def chain(*txs: Optimizer) -> Optimizer:
-    """Each optimizer's updates are the next one's gradients; the state is the tuple of theirs. `norm` is for the first
-    alone.
+    """Each optimizer's updates are the next one's gradients.
+
+    The extra `ok` goes to all of them, `norm` to the first alone, whose gradients it is of.
+
+    Args:
+        *txs: the optimizers, in the order in which they see the gradients; the last one's updates are the chain's.
+
+    Returns: an `Optimizer` whose state is the tuple of theirs.
+
+    Raises: what they raise.
 
     >>> tx = chain(clip_by_global_norm(1.0))
     >>> params = {"w": torch.zeros(2, requires_grad=True)}
@@ -97,7 +105,8 @@ def chain(*txs: Optimizer) -> Optimizer:
     def init(params: tree.Tree) -> tree.Tree:
         return tuple(tx.init(params) for tx in txs)
 
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         states = []
         for tx, old in zip(txs, state, strict=True):
             grads, new = tx.update(grads, old, params, ops, **extra)
@@ -108,14 +117,28 @@ def chain(*txs: Optimizer) -> Optimizer:
 
 
 def clip_by_global_norm(max_norm: float) -> Optimizer:
-    """Scale all gradients by `min(1, max_norm / norm)`, with the 2-norm over every stored element of every rank,
-    counted once.
+    """Scale all gradients down to a 2-norm, that of all of them together.
 
-    The norm before clipping is left in the state, `{"norm": float64 scalar}`, for the step to report; nothing waits for
-    it. `max_norm=inf` measures and does not clip. A norm that is not finite makes all gradients NaN. Given `norm`,
-    nothing is measured.
+    With norm = sqrt(Σ g²) over every stored element of every rank, counted once:
 
-    Raises ValueError if `max_norm` is not positive.
+        update = g min(1, max_norm / norm)
+
+    A norm that is not finite makes all gradients NaN. Given the extra `norm`, nothing is measured.
+
+    Args:
+        max_norm: the largest norm that passes unscaled; inf measures and does not clip.
+
+    Returns: an `Optimizer` to stand first in a `chain`. Its state `{"norm": float64 scalar}` is the norm before
+    clipping, for the step to report; nothing waits for it.
+
+    Raises: ValueError if `max_norm` is not positive.
+
+    Reference: Pascanu et al., On the difficulty of training recurrent neural networks, 2013, algorithm 1.
+
+    >>> tx, params = clip_by_global_norm(1.0), {"w": torch.zeros(2)}
+    >>> updates, state = tx.update({"w": torch.tensor([3.0, 4.0])}, tx.init(params), params)
+    >>> [round(u, 3) for u in updates["w"].tolist()], state["norm"].item()
+    ([0.6, 0.8], 5.0)
     """
     if not max_norm > 0:
         raise ValueError(f"clip_by_global_norm: max_norm must be positive, got {max_norm}")
@@ -124,7 +147,8 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
         device = next((p.device for p in tree.leaves(params)), "cpu")
         return {"norm": torch.zeros((), dtype=torch.float64, device=device)}
 
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         norm, ok = known(extra, ops)
         norm = (ops.norm(grads) if norm is None else norm).double()
         present = [local(g) for g in tree.leaves(grads) if g is not None]

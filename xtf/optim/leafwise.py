@@ -13,14 +13,26 @@ from xtf.optim.schedules import Schedule
 
 def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0,
         mask: Mask | None = None) -> Optimizer:
-    """Stochastic gradient descent. With the gradient g of a parameter p, and g' = g + weight_decay p:
+    """Stochastic gradient descent, with momentum if there is any.
+
+    With g the gradient of a parameter p, and g' = g + weight_decay p:
 
         m = momentum m + g'                    update = -lr (g' + momentum m if nesterov else m)
 
-    As in torch.optim.SGD the decay enters the momentum. `mask(path, leaf)` says which leaves decay. State: `{"step":
-    int64 scalar, "m": tree}`, without "m" where momentum is 0.
+    Args:
+        lr: the learning rate, a number, or a schedule that is called with the number of steps done.
+        momentum: the decay of m a step, in [0, 1); by default there is no m.
+        nesterov: whether the update looks one step of momentum ahead.
+        weight_decay: the part of p that is added to its gradient, and so enters the momentum as in torch.optim.SGD.
+        mask: `mask(path, leaf)` says which leaves decay; by default all do.
 
-    Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
+    Returns: an `Optimizer` with the state `{"step": int64 scalar, "m": tree}`, without "m" where momentum is 0. m has
+    at least float32 and lies as its parameter lies.
+
+    Raises: ValueError, when it updates, for a gradient of another shape than its parameter, or at a leaf that was
+    frozen when the state was made.
+
+    Reference: Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
 
     >>> tx, params = sgd(0.1), {"w": torch.zeros(2, requires_grad=True)}
     >>> updates, _ = tx.update({"w": torch.tensor([2.0, -3.0])}, tx.init(params), params)
@@ -38,15 +50,27 @@ def sgd(lr: float | Schedule, momentum: float = 0.0, nesterov: bool = False, wei
 
 def lion(lr: float | Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 0.1,
          mask: Mask | None = None) -> Optimizer:
-    """The sign of a momentum. With the gradient g of a parameter p:
+    """The sign of a momentum, with decoupled weight decay.
+
+    With g the gradient of a parameter p:
 
         update = -lr (sign(b1 m + (1 - b1) g) + weight_decay p)                    m = b2 m + (1 - b2) g
 
-    Its learning rate is a third to a tenth of AdamW's, its weight decay as much larger. `mask(path, leaf)` says which
-    leaves decay.
-    State: `{"step": int64 scalar, "m": tree}`.
+    Args:
+        lr: the learning rate, a number, or a schedule that is called with the number of steps done; a third to a tenth
+            of AdamW's.
+        b1: the part of m in the sign, in [0, 1).
+        b2: the decay of m a step, in [0, 1).
+        weight_decay: the part of p that is taken off a step, before it is multiplied by lr: three to ten times AdamW's.
+        mask: `mask(path, leaf)` says which leaves decay; by default all do.
 
-    Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1.
+    Returns: an `Optimizer` with the state `{"step": int64 scalar, "m": tree}`. m has at least float32 and lies as its
+    parameter lies.
+
+    Raises: ValueError, when it updates, for a gradient of another shape than its parameter, or at a leaf that was
+    frozen when the state was made.
+
+    Reference: Chen et al., Symbolic Discovery of Optimization Algorithms, 2023, program 1.
 
     >>> tx, params = lion(0.1), {"w": torch.zeros(2, requires_grad=True)}
     >>> updates, _ = tx.update({"w": torch.tensor([2.0, -3.0])}, tx.init(params), params)
@@ -61,19 +85,19 @@ def lion(lr: float | Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: 
 
 def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...]], lr: float | Schedule,
               mask: Mask | None) -> Optimizer:
-    """`rule(g, p, *old slots, rate=, decay=) -> (update, *new slots)` on flat pieces in at least float32, all of one
-    leaf."""
+    """`rule(g, p, *old slots, rate=, decay=) -> (update, *new slots)` on flat pieces of a leaf, at least float32."""
     def init(params: tree.Tree) -> tree.Tree:
         return {"step": count(params), **{s: tree.tree_map(moment, params) for s in slots}}
 
     @torch.no_grad()
-    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL, **extra: Any) -> tuple[tree.Tree, Any]:
+    def update(grads: tree.Tree, state: Any, params: tree.Tree, ops: Ops = LOCAL,
+               **extra: Any) -> tuple[tree.Tree, Any]:
         ok = known(extra, ops)[1]
         rate = lr(state["step"]) if callable(lr) else lr
         out: list[tuple] = []
         paths = tree.flatten_with_path(params)
-        for (path, p), (_, g, *old) in zip(paths, tree.zip_leaves(params, grads, *(state[s] for s in slots)),
-                                           strict=True):
+        leaves = tree.zip_leaves(params, grads, *(state[s] for s in slots))
+        for (path, p), (_, g, *old) in zip(paths, leaves, strict=True):
             if g is None:
                 out.append((None, *old))
                 continue

@@ -1,5 +1,4 @@
-"""Moments in fewer bits: bf16, or 8 bits with a scale for each block. Rounding is unbiased, and the same on every
-layout.
+"""Moments in fewer bits: bf16, or 8 bits with a scale for each block; rounded without bias, alike on every layout.
 
 Both keep the leading bits of a float32. The bits that are dropped are not rounded to nearest: an average that moves by
 a thousandth a step would never leave its place. A dither u in [0, 1) is added before they are cut, so that the mean
@@ -117,7 +116,9 @@ def _golden(dims: int) -> float:
 
 def _box(p: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(offset, size) of this rank's part of a leaf."""
-    return Place(p.device_mesh, p.placements).box(tuple(p.shape)) if isinstance(p, DTensor) else ((0,) * p.ndim, tuple(p.shape))
+    if isinstance(p, DTensor):
+        return Place(p.device_mesh, p.placements).box(tuple(p.shape))
+    return (0,) * p.ndim, tuple(p.shape)
 
 
 def decode(node: Any, first: int, n: int) -> torch.Tensor:
@@ -145,8 +146,9 @@ def encode(node: Any, x: torch.Tensor, u: torch.Tensor, first: int, p: torch.Ten
     s_Rk1 = scales[:, blocks, None]
     y_RkB = (x_RkB.abs() / torch.where(s_Rk1 == 0, 1.0, s_Rk1)).add_(c)
     codes = ((y_RkB.view(torch.int32) - _bits(c) + (_blocks(u, first)[0] * 2**DROPPED).to(torch.int32)) >> DROPPED)
-    codes = codes.clamp_(max=torch.iinfo(node["codes"].dtype).max) * (x_RkB.sign().to(torch.int32)
-                                                                      if node["codes"].dtype is torch.int8 else 1)
+    codes = codes.clamp_(max=torch.iinfo(node["codes"].dtype).max)
+    if node["codes"].dtype is torch.int8:
+        codes = codes * x_RkB.sign().to(torch.int32)
     put(node["codes"], codes.flatten(1)[:, first % BLOCK:first % BLOCK + x.shape[1]].to(node["codes"].dtype))
     put(node["scales"], scales)
 

@@ -1,9 +1,12 @@
-"""Schedules: functions from the number of steps done, an int64 scalar tensor, to the learning rate, a float64 scalar
-tensor.
+"""Schedules: functions from the number of steps done (int64 scalar tensor) to the learning rate (float64 scalar).
 
-All rise linearly over the first `warmup` (a fraction of `steps`, W steps), so that step t of these takes `peak (t + 1)
-/ (W + 1)`: no step is without effect. Then they fall from `peak` at step W towards `final * peak` at step `steps`, and
-stay there.
+With t steps done and W = warmup × steps (rounded), all rise linearly over the first W steps, which take
+peak (t + 1) / (W + 1): no step is without effect. Then they fall from `peak` at step W towards `final * peak` at step
+`steps`, as functions of their progress
+
+    s = (t - W) / (steps - W), within [0, 1]
+
+and stay there.
 """
 import math
 from collections.abc import Callable
@@ -17,10 +20,21 @@ Schedule = Callable[[torch.Tensor], torch.Tensor]
 def cosine(peak: float, steps: int, warmup: float = 0.0, final: float = 0.1) -> Schedule:
     """Half a cosine from `peak` down to `final * peak`.
 
-    With progress s = (t - W) / (steps - W): peak * (final + (1 - final) (1 + cos(pi s)) / 2). Loshchilov and Hutter,
-    SGDR, 2017, equation 5.
+    With the progress s as above:
 
-    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+        lr = peak (final + (1 - final) (1 + cos(pi s)) / 2)
+
+    Args:
+        peak: the highest learning rate.
+        steps: the number of the step from which on it is `final * peak`.
+        warmup: the fraction of `steps` that rise, in [0, 1]; by default none do.
+        final: the last learning rate as a fraction of `peak`.
+
+    Returns: the schedule.
+
+    Raises: ValueError if `steps` is less than 1 or `warmup` no fraction.
+
+    Reference: Loshchilov and Hutter, SGDR: Stochastic Gradient Descent with Warm Restarts, 2017, equation 5.
 
     >>> lr = cosine(1.0, steps=10, warmup=0.2, final=0.0)
     >>> [round(float(lr(torch.tensor(t))), 3) for t in (0, 1, 2, 6, 10)]
@@ -30,9 +44,21 @@ def cosine(peak: float, steps: int, warmup: float = 0.0, final: float = 0.1) -> 
 
 
 def linear(peak: float, steps: int, warmup: float = 0.0, final: float = 0.0) -> Schedule:
-    """A straight line from `peak` down to `final * peak`: with s as in `cosine`, peak * (1 - (1 - final) s).
+    """A straight line from `peak` down to `final * peak`.
 
-    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+    With the progress s as above:
+
+        lr = peak (1 - (1 - final) s)
+
+    Args:
+        peak: the highest learning rate.
+        steps: the number of the step from which on it is `final * peak`.
+        warmup: the fraction of `steps` that rise, in [0, 1]; by default none do.
+        final: the last learning rate as a fraction of `peak`.
+
+    Returns: the schedule.
+
+    Raises: ValueError if `steps` is less than 1 or `warmup` no fraction.
 
     >>> lr = linear(1.0, steps=4)
     >>> [float(lr(torch.tensor(t))) for t in range(6)]
@@ -42,9 +68,16 @@ def linear(peak: float, steps: int, warmup: float = 0.0, final: float = 0.0) -> 
 
 
 def constant(peak: float, steps: int = 1, warmup: float = 0.0) -> Schedule:
-    """`peak`, after a warm-up over the first `warmup * steps` steps if there is one.
+    """Always `peak`, after a warm-up if there is one.
 
-    Raises ValueError if `steps` is less than 1 or `warmup` no fraction.
+    Args:
+        peak: the learning rate.
+        steps: of which `warmup` is a fraction; nothing else depends on it.
+        warmup: the fraction of `steps` that rise, in [0, 1]; by default none do.
+
+    Returns: the schedule.
+
+    Raises: ValueError if `steps` is less than 1 or `warmup` no fraction.
 
     >>> float(constant(0.5)(torch.tensor(7)))
     0.5
@@ -54,22 +87,37 @@ def constant(peak: float, steps: int = 1, warmup: float = 0.0) -> Schedule:
 
 def wsd(peak: float, steps: int, warmup: float = 0.0, decay: float = 0.1, final: float = 0.0,
         shape: Literal["1-sqrt", "linear"] = "1-sqrt") -> Schedule:
-    """Warm-up, stable, decay: `peak` until the last `decay * steps` steps, which go down to `final * peak`.
+    """Warm-up, stable, decay: `peak` until the last steps, which go down to `final * peak`.
 
-    With progress r in [0, 1] through the decay: peak * (1 - (1 - final) sqrt(r)), or r in place of its root for
-    "linear". A run can go on from any step of its stable part with a larger `steps`. Hu et al., MiniCPM, 2024; the
-    root: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations, 2024, section 3.
+    With the progress r in [0, 1] through the last D = decay × steps (rounded) steps, r = 0 before:
 
-    Raises ValueError if `steps` is less than 1, `warmup` or `decay` no fraction, their sum above 1, or `shape` unknown.
+        lr = peak (1 - (1 - final) sqrt(r)), or with "linear" peak (1 - (1 - final) r)
+
+    A run can go on from any step of its stable part with a larger `steps`.
+
+    Args:
+        peak: the highest learning rate.
+        steps: the number of the step from which on it is `final * peak`.
+        warmup: the fraction of `steps` that rise, in [0, 1]; by default none do.
+        decay: the fraction of `steps`, at their end, that fall, in [0, 1].
+        final: the last learning rate as a fraction of `peak`.
+        shape: the fall, "1-sqrt" or "linear".
+
+    Returns: the schedule.
+
+    Raises: ValueError if `steps` is less than 1, `warmup` or `decay` no fraction, their sum above 1, or `shape`
+    unknown.
+
+    Reference: Hu et al., MiniCPM, 2024; the root: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed
+    Training Durations, 2024, section 3.
 
     >>> lr = wsd(1.0, steps=10, warmup=0.1, decay=0.4)
     >>> [round(float(lr(torch.tensor(t))), 3) for t in (0, 1, 6, 7, 10)]
     [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     if shape not in ("1-sqrt", "linear") or not 0 <= decay <= 1 or 1 < warmup + decay <= 1 + decay:
-        raise ValueError(f'wsd: decay must be a fraction of the steps that leaves room for warmup, and shape "1-sqrt" '
-                         'or "linear"; '
-                         f"got warmup={warmup}, decay={decay}, shape={shape!r}")
+        raise ValueError('wsd: decay must be a fraction of the steps that leaves room for warmup, and shape "1-sqrt" '
+                         f'or "linear"; got warmup={warmup}, decay={decay}, shape={shape!r}')
     rise, last = round(warmup * steps), round(decay * steps)
 
     def fall(s: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """`fsdp`: leaves stored in parts, computed whole.
 
-FSDP is the difference between two layouts: gather on the way in, reduce-scatter as its adjoint. A block's leaves are
-gathered into one bucket; the gather of the next block starts before this one computes, and the bucket is dropped after
-it. Nothing is computed twice: what autograd saved of a bucket was a view of it, and a saved-tensor hook keeps (dtype,
-offset, size, stride) in its place; in backward the first such handle asks for the bucket again and starts the gather of
-the block before. With remat the gather moves inside the checkpointed function, and no handles are needed (hooks do not
-nest with checkpoint's own).
+FSDP (ZeRO-3) is the difference between two layouts, sharded and unsharded: all-gather ("make whole") on the way in,
+reduce-scatter as its adjoint. A block's leaves are gathered into one bucket; the gather of the next block starts before
+this one computes, and the bucket is dropped after it. Nothing is computed twice: what autograd saved of a bucket was a
+view of it, and a saved-tensor hook keeps (dtype, offset, size, stride) in its place; in backward the first such handle
+asks for the bucket again and starts the gather of the block before. With remat the gather moves inside the checkpointed
+function, and no handles are needed (hooks do not nest with checkpoint's own).
 
 Bytes of one `value_and_grad` (so of each micro-batch), for a bucket of S bytes (rows padded to a multiple of the W
 ranks): each gather sends (W - 1) / W × S from a rank, twice (once with reshard=False, and for a block whose backward
@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from xtf import tree
 from xtf.layout import local
-from xtf.ops import Ops, refuse_closures, run_block
+from xtf.ops import Ops, check_block, run_block
 from xtf.parallel import _mesh as M
 from xtf.parallel import collectives as C
-from xtf.transform import Env, Transform, computed
+from xtf.transform import Env, Stage, Transform, computed
 
 
 def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = torch.float32) -> Transform:
@@ -46,8 +46,8 @@ def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = to
     """
     if not axes:
         raise ValueError('fsdp: name the mesh axes to store over, e.g. fsdp("dp", "ep", "sp")')
-    return Transform("fsdp", 10, lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None
-                     or env.casts else ops, store=axes)
+    wrap = lambda ops, env: _wrap(ops, env, reshard, reduce_dtype) if env.mesh is not None or env.casts else ops
+    return Transform("fsdp", Stage.STORAGE, wrap, store=axes)
 
 
 class Slot(NamedTuple):
@@ -74,8 +74,7 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """The leaves of one block that are stored in parts or in another dtype, whole in one buffer a dtype while they are
-    needed."""
+    """One block's leaves that are stored in parts or in another dtype, whole in one buffer a dtype when needed."""
 
     def __init__(self, leaves: Sequence[torch.Tensor], env: Env, stats: dict[str, int]):
         self.slots: list[Slot] = []
@@ -154,8 +153,7 @@ class Bucket:
 
 
 class Pending(NamedTuple):
-    """A gradient on its way: the leaf it is for, its part of the sum (once `work` is done), and what must stay alive
-    until then."""
+    """A gradient on its way: its leaf, its part of the sum (once `work` is done), what must stay alive till then."""
     leaf: torch.Tensor
     grad: torch.Tensor
     work: Any
@@ -238,49 +236,66 @@ def _in_parts(leaf: torch.Tensor) -> bool:
     return isinstance(leaf, DTensor) and isinstance(leaf.placements[0], Shard) and leaf.device_mesh.size(0) > 1
 
 
+class Prepared(NamedTuple):
+    """The parameters of one block, ready to be made whole: all leaves, the tree's structure, which of them (`stored`)
+    are in the bucket, and the bucket, None where none is."""
+    leaves: list
+    treedef: Any
+    stored: list[int]
+    bucket: Bucket | None
+
+
 def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -> Ops:
     pending: list[Pending] = []
     stats = {"gathers": 0, "alive": 0, "most_alive": 0}
     for p in () if env.layout is None else tree.leaves(env.layout):
         M.group_of(p.mesh)  # making groups is a collective: here, in one order, and not inside a step
 
-    def prepare(params: tree.Tree) -> tuple[list, Any, list[int], Bucket | None]:
+    def prepare(params: tree.Tree) -> Prepared:
         leaves, treedef = tree.flatten(params)
         stored = [i for i, p in enumerate(leaves) if _in_parts(p) or env.cast(local(p)) != p.dtype]
-        return leaves, treedef, stored, Bucket([leaves[i] for i in stored], env, stats) if stored else None
+        return Prepared(leaves, treedef, stored, Bucket([leaves[i] for i in stored], env, stats) if stored else None)
 
-    def whole(prepared: tuple, ahead: Bucket | None) -> tree.Tree:
+    def whole(prepared: Prepared, ahead: Bucket | None) -> tree.Tree:
+        """The parameters unsharded: those of the bucket as views of it, the others unwrapped and cast."""
         leaves, treedef, stored, bucket = prepared
         out = list(leaves)
         if bucket is not None:
-            for i, x in zip(stored, Gather.apply(bucket, ahead, pending, reduce_dtype, *[s.part for s in bucket.slots]), strict=True):  # pyright: ignore
+            parts = [s.part for s in bucket.slots]
+            gathered: Any = Gather.apply(bucket, ahead, pending, reduce_dtype, *parts)
+            for i, x in zip(stored, gathered, strict=True):
                 out[i] = x
         for i in set(range(len(out))) - set(stored):
             out[i] = computed(out[i], env)
         return tree.unflatten(out, treedef)
 
-    def call(fn: Callable, prepared: tuple, *args: Any) -> Any:
+    def call(fn: Callable, prepared: Prepared, *args: Any) -> Any:
         """Make whole, run, drop; backward gathers again through the handles."""
-        bucket = prepared[3]
+        bucket = prepared.bucket
         if bucket is None:
             return fn(whole(prepared, None), *args)
+        # 1. wait for this bucket's all-gather, behind which the next one's starts
         params = whole(prepared, bucket.next)
+        # 2. mark the inputs, so that backward knows when it is through with the block
         args = _border(bucket, args)
         if not reshard and torch.is_grad_enabled():
             return fn(params, *args)
+        # 3. run; what autograd saves of the bucket becomes a handle
         with bucket.handles():
             out = fn(params, *args)
+        # 4. reshard: the first handle that backward asks for gathers again
         bucket.drop()
         return out
 
     def use(fn: Callable, params: tree.Tree, *args: Any) -> Any:
         return call(fn, prepare(params), *args)
 
-    def scan(block: Callable, layers: Sequence, x: Any, *shared: Any, xs: Sequence | None = None,
+    def scan(block: Callable, layers: Sequence, x: Any, /, *shared: Any, xs: Sequence | None = None,
              around: Callable | None = None) -> tuple[Any, list]:
-        refuse_closures(block)
+        check_block(block, xs)
+        # 1. one bucket a layer; each knows the one to gather ahead, in forward and in backward
         all_prepared = [prepare(params) for params in layers]
-        buckets = [p[3] for p in all_prepared]
+        buckets = [prepared.bucket for prepared in all_prepared]
         for a, b in itertools.pairwise(buckets):
             if a is not None and b is not None:
                 a.next, b.prev = b, a
@@ -291,25 +306,31 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
             def run(params: tree.Tree, x: Any, *shared: Any, extra: tuple = extra) -> tuple[Any, Any]:
                 return run_block(block, params, x, *shared, extra=extra)
 
+            # 2. without remat: gather outside of the block, handles for what is saved
             if around is None:
                 x, y = call(run, prepared, x, *shared)
-            else:
-                again: list[bool] = []  # filled by the first run: the second is backward's recomputation
+                ys.append(y)
+                continue
+            # 3. with remat: gather inside of the checkpointed call, which saves nothing of the bucket
+            again: list[bool] = []  # filled by the first run: the second is backward's recomputation
 
-                def inside(x: Any, *shared: Any, prepared: tuple = prepared, run: Callable = run,
-                           again: list = again) -> tuple[Any, Any]:
-                    bucket = prepared[3]
-                    params = whole(prepared, bucket and (bucket.prev if again else bucket.next))
-                    again.append(True)
-                    return run(params, *(_border(bucket, (x, *shared)) if bucket else (x, *shared)))
+            def inside(x: Any, *shared: Any, prepared: Prepared = prepared, run: Callable = run,
+                       again: list = again) -> tuple[Any, Any]:
+                bucket = prepared.bucket
+                params = whole(prepared, bucket and (bucket.prev if again else bucket.next))
+                again.append(True)
+                return run(params, *(_border(bucket, (x, *shared)) if bucket else (x, *shared)))
 
-                x, y = around(inside)(x, *shared)
-                if prepared[3] is not None:
-                    prepared[3].drop()
+            x, y = around(inside)(x, *shared)
+            if prepared.bucket is not None:
+                prepared.bucket.drop()
             ys.append(y)
         return x, ys
 
     def collect(grads: list, leaves: list) -> list:
+        # Gradients are summed over ranks in two places. Here: over the axes that a leaf is stored over, by the
+        # reduce-scatters that `Gather.backward` started. In `base_ops` of xtf/_shard.py, called last: over the other
+        # axes whose ranks see other tokens, by all-reduces.
         index = {id(x): i for i, x in enumerate(leaves)}
         for p in pending:
             if p.work is not None:

@@ -1,7 +1,6 @@
 """Meshes: named axes over ranks, and the process groups of any set of them taken as one."""
 import math
 import weakref
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -10,11 +9,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from xtf import device
 from xtf.layout import AXES
 from xtf.parallel.collectives import Group
+from xtf.parallel.peers import Peers
 
 
 def mesh(**sizes: int) -> DeviceMesh | None:
-    """The mesh with these axes: `replicate`, `dp` and `ep` divide packs, `sp` is for `ulysses`; other names are for
-    your transforms.
+    """The mesh with these axes: `replicate`, `dp`, `ep` divide packs, `sp` is for `ulysses`, other names for your own.
 
     Ranks are numbered with the last axis fastest: replicate, dp, ep, sp, then yours. Without torch.distributed, where
     every size is 1, it is None: one process.
@@ -109,6 +108,20 @@ def world(m: DeviceMesh | None) -> Group:
     return group(m, *axes(m))
 
 
+# Keyed weakly by the process group of all ranks, with which they end; meshes of the same ranks share one.
+_peers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def peers(m: DeviceMesh | None) -> Peers:
+    """The ranks of a mesh, to agree with (made on first use, on all in one order); without one this process alone."""
+    if m is None:
+        return Peers([dist.get_rank() if dist.is_initialized() else 0])
+    made, ranks = _peers.setdefault(dist.group.WORLD, {}), tuple(sorted(m.mesh.flatten().tolist()))
+    if ranks not in made:
+        made[ranks] = Peers(ranks)
+    return made[ranks]
+
+
 def is_main() -> bool:
     """Whether this process is rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -123,15 +136,5 @@ def describe(m: DeviceMesh | None) -> str:
     return "one process" if m is None else _text({n: size(m, n) for n in axes(m)})
 
 
-def tell_all(m: DeviceMesh, value: Any) -> dict[int, Any]:
-    """Every rank's picklable value, by rank, on every rank of the mesh."""
-    said = {m.get_rank(): value}
-    for i in range(m.ndim):
-        gathered: list = [None] * m.size(i)
-        dist.all_gather_object(gathered, said, group=m.get_group(i))
-        said = {rank: v for part in gathered for rank, v in part.items()}
-    return said
-
-
-__all__ = ["axes", "describe", "flattened", "forget", "group", "group_of", "is_main", "mesh", "rank", "size",
-           "tell_all", "world"]
+__all__ = ["axes", "describe", "flattened", "forget", "group", "group_of", "is_main", "mesh", "peers", "rank", "size",
+           "world"]

@@ -16,19 +16,18 @@ import torch
 
 from xtf.ops import Ops
 from xtf.parallel.collectives import all_to_all
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
 
 def ulysses(axis: str = "sp") -> Transform:
-    """Divide the sequence over a mesh axis. (`xtf.data` cuts labels and masks over "sp"; for another axis cut them
-    yourself.)
+    """Divide the sequence over a mesh axis ("sp", as `xtf.data` does; for another cut labels and masks yourself).
 
     Raises ValueError, when the step runs, if the axis does not divide the positions or the query heads.
 
     >>> ulysses("sp").tokens
     ('sp',)
     """
-    return Transform("ulysses", 20, lambda ops, env: _wrap(ops, env, axis) if env.size(axis) > 1 else ops,
+    return Transform("ulysses", Stage.SEQUENCE, lambda ops, env: _wrap(ops, env, axis) if env.size(axis) > 1 else ops,
                      tokens=(axis,))
 
 

@@ -72,8 +72,7 @@ def _nbytes(x: torch.Tensor) -> int:
 
 
 class Group(NamedTuple):
-    """The process groups of some mesh axes taken as one: `name` for blocks, `reduce` a second one so that reductions
-    never queue behind gathers."""
+    """The process groups of some mesh axes as one: `name` for blocks, `reduce` to keep reductions from gathers."""
     size: int
     rank: int
     pg: dist.ProcessGroup
@@ -110,10 +109,9 @@ def max_(x: torch.Tensor, group: Group) -> torch.Tensor:
     return x
 
 
-def all_to_all_start(x: torch.Tensor, send: list[int], recv: list[int], group: Group) -> tuple[torch.Tensor, Any,
-                                                                                               torch.Tensor]:
-    """Start sending `send[r]` rows of `x` to rank r, in their order; returns (what comes, the work to wait for, what
-    must live until then)."""
+def all_to_all_start(x: torch.Tensor, send: list[int], recv: list[int],
+                     group: Group) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Start sending `send[r]` rows of `x` to rank r, in order; (what comes, the work, what must live until then)."""
     x = x.contiguous()
     out = x.new_empty(sum(recv), *x.shape[1:])
     row = _nbytes(x) // len(x) if len(x) else 0
@@ -131,9 +129,9 @@ def max_along(x: torch.Tensor, stored: Any, dim: int) -> torch.Tensor:
     return x
 
 
-def exchange(to: list[list[torch.Tensor]], sizes: list[int], group: Group, kind: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors `to[r]` to rank r, for all ranks at once; what came from each, flat, `sizes[r]` numbers. All are of
-    the dtype and device of `kind`."""
+def exchange(to: list[list[torch.Tensor]], sizes: list[int], group: Group,
+             kind: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`to[r]` to rank r, for all at once; what came from each, flat, `sizes[r]` numbers of `kind`'s dtype, device."""
     flat = torch.cat([x.reshape(-1) for xs in to for x in xs] or [kind.new_empty(0)])
     sent = [sum(x.numel() for x in xs) for xs in to]
     out = kind.new_empty(sum(sizes))
@@ -166,8 +164,7 @@ def _keep_group(ctx, inputs, output):
 
 
 def _operator(fn: Any) -> Any:
-    """`fn(x, group)`, its own adjoint, as an operator. Nothing moves between fake tensors, but a fake process group
-    (`xtf.plan`) is told."""
+    """`fn(x, group)`, its own adjoint, as an operator; between fake tensors it only tells a fake group (`xtf.plan`)."""
     def fake(x: torch.Tensor, group: str) -> torch.Tensor:
         told = dist.get_backend(_resolve_process_group(group)) == "fake"  # pyright: ignore
         return fn(x, group) if told else torch.empty_like(x, memory_format=torch.contiguous_format)

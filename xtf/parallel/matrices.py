@@ -45,9 +45,8 @@ def matrices(fn: Callable[[torch.Tensor], torch.Tensor], leaves: list[torch.Tens
     """`fn(x_Nab)` of the whole matrices of each leaf [..., a, b], in the leaf's placement; `fn` keeps shape and dtype.
 
     Bytes: for each matrix of S bytes, cut in W parts and stored R times, its owner is sent S less its own part, and
-        sends
-    R S less its own part: with even parts ((W - 1) + (R W - 1)) / W × S over all ranks. Nothing moves where ranks store
-    whole matrices once, and each matrix is computed once.
+    sends R S less its own part: with even parts ((W - 1) + (R W - 1)) / W × S over all ranks. Nothing moves where ranks
+    store whole matrices once, and each matrix is computed once.
     """
     out: list[Any] = [None] * len(leaves)
     alone = [i for i, leaf in enumerate(leaves) if not _sharing(leaf)]
@@ -108,8 +107,7 @@ def _shared(fn: Callable, leaves: list, mesh: Any, axes: tuple[int, ...]) -> lis
 
 
 def _parts(leaf: DTensor, mesh: Any, axes: tuple[int, ...]) -> list[Part]:
-    """For each rank of the group: a process group numbers its ranks by their global numbers, not by the order of the
-    axes."""
+    """For each rank of the group, which numbers its ranks by their global numbers, not by the axes' order."""
     here = mesh.get_coordinate()
     found = {}
     for there in itertools.product(*(range(mesh.size(i)) if i in axes else (here[i],) for i in range(mesh.ndim))):

@@ -1,5 +1,4 @@
-"""What a layout costs before it is run: memory, messages, work and time, as a table (`python -m xtf.plan`) and as
-values."""
+"""What a layout costs before it is run: memory, messages, work, time, as values or `python -m xtf.plan`'s table."""
 from xtf.plan._report import Flags, Report, report, table, this_cpu
 from xtf.plan._search import meshes, search
 from xtf.plan.command import main

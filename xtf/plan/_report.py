@@ -47,8 +47,7 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What `python -m xtf.plan` prints, and as one object with --json. Bytes, seconds; `flops` and `memory` are one
-    rank's."""
+    """What `python -m xtf.plan` prints, with --json one object. Bytes, seconds; `flops` and `memory` of one rank."""
     model: str
     parameters: int
     machine: str
@@ -95,8 +94,7 @@ def report(flags: Flags, sizes: dict[str, int], remat_: bool, limit: float = mat
 
 
 def this_cpu() -> Machine:
-    """This machine as one device: its best product and its memory's bandwidth, measured; ranks are on it together, and
-    messages are copies."""
+    """This machine as one device: best product and bandwidth, measured; all ranks are on it, messages are copies."""
     import time
     x = torch.ones(1 << 25)
     took = math.inf
@@ -110,8 +108,7 @@ def this_cpu() -> Machine:
 
 
 def _near(axes: Sequence[str], sizes: dict[str, int], node: int) -> int:
-    """How many ranks of rank 0's group over these axes are in its node; ranks are numbered with the last axis
-    fastest."""
+    """How many ranks of rank 0's group over these axes are in its node; the last axis numbers ranks fastest."""
     members, stride = [0], 1
     for axis, size in reversed(sizes.items()):
         if axis in axes:
@@ -125,8 +122,8 @@ def _shares(file: str | None, cfg: Any) -> list[list[float]] | None:
         return None
     counts = json.loads(Path(file).read_text())
     experts = cfg.router.num_experts if hasattr(cfg, "router") else 0
-    if not isinstance(counts,
-                      list) or any(not isinstance(row, list) or len(row) != experts or not sum(row) for row in counts):
+    sound = lambda row: isinstance(row, list) and len(row) == experts and sum(row)
+    if not isinstance(counts, list) or not all(map(sound, counts)):
         raise ValueError(f"--counts {file}: must be a JSON list with a row of {experts} counts, not all zero, for "
                          "each layer with experts")
     return [[count / sum(row) for count in row] for row in counts]

@@ -9,9 +9,9 @@ from xtf.plan.machines import EFFICIENCY, MACHINES
 
 
 def meshes(world: int, seq_len: int, cfg: Any) -> Iterator[dict[str, int]]:
-    """The meshes of dp, ep and sp that a model divides over: `ep` divides its experts, `sp` its query heads and
-    positions.
+    """The meshes of dp, ep and sp that a model divides over: `ep` its experts, `sp` its query heads and positions.
 
+    >>> import msgspec
     >>> [mesh for mesh in meshes(2, 64, msgspec.defstruct("Config", ["num_attention_heads"])(2))]
     [{'dp': 2, 'ep': 1, 'sp': 1}, {'dp': 1, 'ep': 1, 'sp': 2}]
     """

@@ -1,5 +1,4 @@
-"""What a layout costs, before anyone rents it: one real sharded step over tensors without numbers, as any one of any
-number of ranks.
+"""What a layout costs, before anyone rents it: one real sharded step over tensors without numbers, as one of any ranks.
 
     python -m xtf.plan MODEL_DIR --world 1024 --mesh dp=16,ep=32,sp=2 --seq-len 4096 --remat
     python -m xtf.plan MODEL_DIR --world 64 --machine h200 --search

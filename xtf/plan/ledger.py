@@ -21,8 +21,7 @@ FREE = ("detach", "alias", "lift_fresh", "record_stream", "resolve_conj", "all_s
 
 
 class Ledger(FakeTensorMode):
-    """Under it every new tensor is fake. `peak` bytes were alive at once, `at_peak()` says of which kind, `work` counts
-    operators.
+    """New tensors are fake under it. `peak` bytes were alive at once, `at_peak()`: by kind; `work` counts operators.
 
     `work` has a count for each (kind of work, FLOPs, bytes read and written); views and allocations are no work. Kinds:
     "products" (with weights), "experts" (grouped products), "attention", "optimizer" and "passes" (all else). What is
@@ -80,8 +79,7 @@ class Ledger(FakeTensorMode):
         return storage._cdata not in self._alive and self._enter(storage, kind)
 
     def _enter(self, storage: torch.UntypedStorage, kind: str | None, copy: bool = False) -> bool:
-        """A storage's memory; or that of a copy that lives as long (gloo's reduce-scatter sums one until its work is
-        dropped)."""
+        """A storage's memory; or that of a copy that lives as long (gloo's reduce-scatter has one for its sums)."""
         key, size = -storage._cdata if copy else storage._cdata, storage.nbytes()
         number = self._alive[key] = len(self._kinds)
         self._kinds.append(kind or self.kind)
@@ -104,8 +102,8 @@ class Ledger(FakeTensorMode):
         name = func._schema.name.split("::")[1]
         if func.is_view or name in FREE or "empty" in name or not (fresh or func._schema.is_mutable):
             return
-        written = [t for a, x in zip(func._schema.arguments, args, strict=False) if a.alias_info
-                   and a.alias_info.is_write for t in _tensors(x)]
+        written = [t for a, x in zip(func._schema.arguments, args, strict=False)
+                   if a.alias_info and a.alias_info.is_write for t in _tensors(x)]
         formula = self._flash if "varlen_attn" in name else flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         self.work[self._label(name, flops), flops, sum(t.nbytes for t in (*given, *written, *fresh))] += 1
@@ -114,8 +112,8 @@ class Ledger(FakeTensorMode):
         """FLOPs of `torch.nn.attention.varlen`, causal: torch's formula knows neither masks nor windows, and takes
         every document of a fake tensor for as long as a pack."""
         backward = args[4].is_floating_point()  # grad, q, k, v, out...; forward has q, k, v, lengths
-        (q, _,
-         v), T, (w, _) = args[backward:3 + backward], args[5 + 3 * backward] // self.documents, args[9 + 4 * backward]
+        (q, _, v), (w, _) = args[backward:3 + backward], args[9 + 4 * backward]
+        T = args[5 + 3 * backward] // self.documents
         w = T if w < 0 else min(w + 1, T)
         pairs = len(q) // T * (w * T - w * (w - 1) // 2)
         scores, values = (3, 2) if backward else (1, 1)              # products as wide as q and as v
@@ -127,8 +125,7 @@ class Ledger(FakeTensorMode):
         return "products" if name in ("mm", "addmm") else "experts" if "grouped" in name else "attention"
 
     def start(self, limit: float = math.inf) -> None:
-        """Forget work and peak so far: what is alive now is where a step begins. More than `limit` bytes from now on
-        raise MemoryError."""
+        """Forget work and peak: a step begins here. More than `limit` bytes from now on raise MemoryError."""
         self.limit, self.peak, self._peak_at = limit, self.now, len(self._events)
         self.work.clear()
 
@@ -142,8 +139,7 @@ class Ledger(FakeTensorMode):
             self.kind = before
 
     def mark(self, kind: str, tensors: Iterable[Any]) -> None:
-        """These tensors' memory is of that kind, since its birth; parameters, gradients and optimizer state stay what
-        they are."""
+        """These tensors' memory is of that kind from birth; parameters, gradients, optimizer state stay as they are."""
         for t in tensors:
             if isinstance(t, torch.Tensor) and not self._see(t, kind):
                 number = self._alive[t.untyped_storage()._cdata]

@@ -1,14 +1,14 @@
-"""Machines, and the time that a step takes on them by the roofline: every operator at the larger of its two times,
-products and memory."""
+"""Machines, and a step's time on them by the roofline: each operator's larger time, of its products or its memory."""
 from collections import Counter
 from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """One device of a cluster, by datasheet. flops: dense bf16 products a second. memory: bytes. bandwidth: bytes a
-    second of that memory.
-    node: devices that share fast links. fast, slow: bytes a second that a device sends within its node, and out of
-        it."""
+    """One device of a cluster, by datasheet.
+
+    flops: dense bf16 products a second. memory: bytes. bandwidth: bytes a second of that memory.
+    node: devices that share fast links. fast, slow: bytes a second that a device sends within its node, and out of it.
+    """
     flops: float
     memory: float
     bandwidth: float
@@ -43,8 +43,7 @@ FUSED = 0.5
 
 
 class Times(NamedTuple):
-    """Seconds of a step by what they are spent on. `hidden`: of gathers and reductions, which run under the compute as
-    far as it lasts."""
+    """Seconds of a step by what they are spent on; `hidden` gathers and reductions run under the compute."""
     products: float
     experts: float
     attention: float
@@ -62,8 +61,7 @@ class Times(NamedTuple):
 
 def roofline(machine: Machine, work: Counter, messages: list[tuple[str, int, int, int]],
              compiled: bool = True) -> Times:
-    """How long the work of an `xtf.plan.ledger.Ledger` takes, and its messages: (kind, ranks, ranks of them in this
-    node, bytes sent from here).
+    """How long a `Ledger`'s work takes, and its messages (kind, ranks, of them in this node, bytes sent from here).
 
     An operator takes max(FLOPs / (peak × efficiency), bytes / (bandwidth × efficiency)). A message takes the longer of
     its parts inside and out of the node: of W ranks, n of them here, (W - n) / (W - 1) of the bytes leave the node,

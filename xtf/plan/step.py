@@ -28,8 +28,7 @@ from xtf.transforms import bf16, jit, remat
 
 
 class Message(msgspec.Struct, frozen=True):
-    """All collectives of one kind over the same mesh axes: how many, and the bytes that this rank sends to others in
-    them."""
+    """All collectives of one kind over the same mesh axes: how many, and bytes that this rank sends to others."""
     kind: str
     axes: tuple[str, ...]
     ranks: int
@@ -38,8 +37,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What one rank's step costs. Bytes at the moment when most are alive, by kind; FLOPs by kind of work; `tokens` of
-    the whole step."""
+    """What one rank's step costs. Bytes when most are alive, by kind; FLOPs by kind; `tokens` of the whole step."""
     peak: int
     memory: dict[str, int]
     messages: list[Message]
@@ -50,8 +48,7 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Balanced:
-    """A strategy of `ep` that knows how many rows go where without seeing them: `shares_LE`, each expert's part of its
-    layer's pairs.
+    """A strategy of `ep` that knows how many rows go where, unseen: `shares_LE`, each expert's part of a layer's pairs.
 
     A token chooses K different experts within `top_groups` groups at random, so it misses a rank that holds m of the n
     experts within with probability C(n - m, K) / C(n, K); m is a rank's experts times their load over the even one. The
@@ -63,10 +60,9 @@ class Balanced:
         self.router, self.calls, self.again = router, 0, again
         self.shares_LE = shares_LE or [[1 / router.num_experts] * router.num_experts]
 
-    def sizes(self, plan: Any) -> tuple[list[int], list[int], int]:
-        """As `Strategy.sizes` of `xtf.parallel.ep`. Layers come in their order, and in backward once more in reverse
-        where they are recomputed."""
-        L, (T, K), R = len(self.shares_LE), plan.experts_TK.shape, len(plan.mine_R)
+    def sizes(self, announced: Any) -> tuple[list[int], list[int], int]:
+        """As `Strategy.sizes` of `xtf.parallel.ep`: layers in order, and in reverse again where recomputed."""
+        L, (T, K), R = len(self.shares_LE), announced.experts_TK.shape, len(announced.mine_R)
         at, self.calls = self.calls % (2 * L if self.again else L), self.calls + 1
         e = self.router.num_experts // R
         loads_LR = [[sum(row[r * e:(r + 1) * e]) * R for r in range(R)] for row in self.shares_LE]
@@ -77,14 +73,14 @@ class Balanced:
         return send, [send[0]] * R, round(T * K * loads[0])
 
     def reach(self, load: float, experts: int) -> float:
-        """The probability that a token has an expert on a rank of so many experts, `load` times as busy as the
-        average."""
+        """The probability that a token has an expert on a rank of so many, `load` times as busy as the average."""
         r = self.router
         group = r.num_experts // r.groups
         inside, held, n = min(experts, group), max(1, experts // group), r.top_groups * group
         missed = 0.0
         for j in range(min(held, r.top_groups) + 1):  # so many of the rank's groups are among the token's
-            chance = math.comb(held, j) * math.comb(r.groups - held, r.top_groups - j) / math.comb(r.groups, r.top_groups)
+            ways = math.comb(held, j) * math.comb(r.groups - held, r.top_groups - j)
+            chance = ways / math.comb(r.groups, r.top_groups)
             missed += chance * math.prod(max(0.0, n - j * inside * load - i) / (n - i) for i in range(r.top_k))
         return 1 - missed
 
@@ -93,8 +89,7 @@ class Balanced:
 
 @contextlib.contextmanager
 def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
-    """A mesh over ranks that do not exist, of which this process is number 0; None for one rank. Raises ValueError
-    where there are real ones."""
+    """A mesh of ranks that do not exist, this process its number 0; None for one. ValueError where ranks are real."""
     if dist.is_initialized():
         raise ValueError("plan: this process has joined a process group; plan in a process of its own")
     if math.prod(sizes.values()) == 1:
@@ -110,8 +105,7 @@ def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
 
 
 def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | None = None) -> tuple[Any, Any, Any]:
-    """(the step of the recipes, its optimizer, its guard); the ledger, if there is one, is told which memory is the
-    gradients'."""
+    """(the recipes' step, its optimizer, its guard); a ledger is told which memory is the gradients'."""
     tx = chain(clip_by_global_norm(1.0), adamw(schedules.cosine(1e-5, 100, 0.03), weight_decay=0.1, moments=moments))
     watch, has_experts = guard(), hasattr(cfg, "router")
 
@@ -199,8 +193,8 @@ def _empty(specs: tree.Tree, layout: tree.Tree | None, kind: str) -> tree.Tree:
     made = lambda p, size: torch.empty(size, dtype=p.dtype, device=kind)
     if layout is None:
         return tree.tree_map(lambda p: made(p, p.shape).requires_grad_(p.trainable), specs)
-    return tree.tree_map(lambda p, place: place.from_local(made(p, place.box(p.shape)[1]),
-                                                           p.shape).requires_grad_(p.trainable), specs, layout)
+    part = lambda p, place: place.from_local(made(p, place.box(p.shape)[1]), p.shape).requires_grad_(p.trainable)
+    return tree.tree_map(part, specs, layout)
 
 
 def _full(packs: int, seq_len: int, documents: int, sp: int, kind: str) -> Batch:
@@ -208,8 +202,8 @@ def _full(packs: int, seq_len: int, documents: int, sp: int, kind: str) -> Batch
     with _disable_current_modes() if kind == "cpu" else contextlib.nullcontext():
         ids = torch.zeros(packs, seq_len, dtype=torch.int64, device=kind)
         mine = ids[:, :seq_len // sp].clone()
-        ends = torch.arange(max(documents, default_max_documents(seq_len)) + 1, dtype=torch.int32,
-                            device=kind) * (seq_len // documents)
+        room = max(documents, default_max_documents(seq_len)) + 1
+        ends = torch.arange(room, dtype=torch.int32, device=kind) * (seq_len // documents)
         return Batch(ids, mine, torch.ones_like(mine, dtype=torch.float32),
                      torch.arange(seq_len, device=kind).repeat(packs, 1), ends.clamp(max=seq_len).repeat(packs, 1),
                      torch.full((packs,), seq_len, device=kind))

@@ -3,10 +3,11 @@
     with Run(flags) as run:
         if run.finished: return
         ...
-        state = run.begin(state, loader, model, cfg)
+        state = run.begin(state, loader, model, cfg, held_out)
         for i, batch in run.steps():
             state, metrics = step(state, batch)
             run.log(i, metrics)
+            run.evaluate(i, state)
             run.save(i, state)
         run.finish(state.params)
 """
@@ -29,9 +30,9 @@ import torch.distributed as dist
 
 from xtf import cli, hf, peft, tree
 from xtf.checkpoint import Checkpoints, Exporter, steps
-from xtf.optim import guard
 from xtf.parallel import Overflow
 from xtf.parallel._mesh import describe
+from xtf.parallel.peers import Peers
 from xtf.run import process, profile
 from xtf.run.log import Log
 from xtf.state import TrainState
@@ -61,10 +62,11 @@ class Run:
         self.dog: process.Watchdog | None = None
         self._checkpoints: Any = None
         self._exporter: Any = None
+        self._evaluation: cli.Evaluation | None = None
         self._evaluated: dict[str, float] = {}
         self._before: Mapping[str, Any] = {}
         self.profiled = profile.steps(flags.profile, self.out)
-        self._advice = guard(patience=flags.max_skipped).advice
+        self._advice = cli.guard(flags).advice
         self._quantise: Literal["fp8"] | None = "fp8" if flags.export_fp8 else None
 
     def __enter__(self) -> "Run":
@@ -73,13 +75,16 @@ class Run:
         if self.looks:
             return self
         with self.held:
-            self.held.enter_context(process.locked(self.out))
-            finished, saved = process.on_main(lambda: (self._recorded()["finished"], self._saved()))
+            self.peers = Peers()
+            self.held.callback(self.peers.close)
+            self.held.enter_context(process.locked(self.out, self.peers))
+            finished, saved = self.peers.tell("resume", lambda: (self._recorded()["finished"], self._saved()))
             self.saved = saved
             auto, want = self.flags.resume == "auto", self.flags.steps
             self.finished = auto and finished is not None and finished >= want
             if self.finished:
-                more = "a larger --steps goes on" if saved else "it kept no checkpoint to go on from: another --out begins anew"
+                more = ("a larger --steps goes on" if saved else
+                        "it kept no checkpoint to go on from: another --out begins anew")
                 cli.say(f"{self.out}: finished at step {finished}; nothing to do ({more})")
             elif auto and finished is not None and not saved:
                 raise ValueError(f"--out {self.out}: finished at step {finished} and kept no checkpoint to go on from "
@@ -107,11 +112,11 @@ class Run:
             self.stop.restore()
             self.held.__exit__(kind, error, trace)
 
-    def begin(self, state: TrainState, loader: Any, model: Any, cfg: Any) -> TrainState:
-        """The state to go on from: the newest whole checkpoint's, in the memory of `state`, where --resume finds one;
-        else `state` itself.
+    def begin(self, state: TrainState, loader: Any, model: Any, cfg: Any, held_out: Any = None) -> TrainState:
+        """The newest whole checkpoint's state, in the memory of `state`, where --resume finds one; else `state` itself.
 
-        `loader` is set to the step after it, metrics.jsonl cut back to it, and run.json says what begins here.
+        `loader` is set to the step after it, metrics.jsonl cut back to it, and run.json says what begins here. The loss
+        on `held_out` data, if there is some, is taken where nothing went before.
 
         Raises ValueError where the checkpoint is of another model, or the data is not what it was.
         """
@@ -126,10 +131,12 @@ class Run:
             loader.seek(data["cursor"])
             self.first = int(data["cursor"]["step"])
             cli.say(f"{folder}/{self.first}: going on after step {self.first} of {flags.steps}")
-        process.on_main(lambda: self._record(loader, None if source is None else f"{source[0]}/{self.first}"))
+        resumed_from = None if source is None else f"{source[0]}/{self.first}"
+        self.peers.tell("record", lambda: self._record(loader, resumed_from))
         self.held.enter_context(self.profiled)
         if source is not None and source[0] != self.out / "checkpoints":
-            process.on_main(lambda: (self.out / "metrics.jsonl").unlink(missing_ok=True))        # rows of another run
+            rows = self.out / "metrics.jsonl"                         # of another run
+            self.peers.tell("begin", lambda: rows.unlink(missing_ok=True))
         self.logged = self.held.enter_context(Log(flags, model, cfg, self.mesh, first=self.first))
         if flags.save_every:
             self._checkpoints = self._open(self.out / "checkpoints")
@@ -137,11 +144,15 @@ class Run:
             self.dog = process.Watchdog(flags.hang_timeout, self.out / "hang")
             self.held.callback(self.dog.close)
         self.stop.armed = True
+        if held_out:
+            layout = cli.transforms(flags, training=False)
+            self._evaluation = cli.Evaluation(flags, model, cfg, loader, held_out, layout, self.mesh)
+        if self.first == 0:
+            self.evaluate(0, state)
         return state
 
     def steps(self) -> Iterator[tuple[int, tree.Tree]]:
-        """(number, batch of this rank on its device) of each step that is left; numbers count from 1. The next batches
-        are made meanwhile."""
+        """(number from 1, batch of this rank on its device) of each step that is left; the next are made meanwhile."""
         with contextlib.closing(self.loader.stream(self.first, self.mesh)) as batches:
             for i in range(self.first + 1, self.flags.steps + 1):
                 batch = cli.on_device(next(batches))
@@ -161,19 +172,17 @@ class Run:
         if why:
             raise GaveUp(f"step {i - 1}: {why}")
 
-    def evaluation(self, i: int, eval_loss: float) -> None:
-        """Log the held-out loss after step `i`; retention by --keep-best goes by it."""
-        self.logged.evaluation(i, eval_loss)
-        self._evaluated = {"eval_loss": float(eval_loss)}
+    def evaluate(self, i: int, state: TrainState) -> None:
+        """Take and log the held-out loss after step `i`, where there is data and it is due; --keep-best goes by it."""
+        if self._evaluation is None or not self._evaluation.due(i):
+            return
+        loss = self._evaluation.loss(state)
+        self.logged.evaluation(i, loss)
+        self._evaluated = {"eval_loss": loss}
         self._done(f"evaluation after step {i}")
 
-    def evaluates(self, i: int) -> bool:
-        """Whether held-out data is due after step `i`: before the first, every --eval-every, and after the last."""
-        return i in (0, self.flags.steps) or bool(self.flags.eval_every and i % self.flags.eval_every == 0)
-
     def save(self, i: int, state: TrainState) -> None:
-        """Save what is due after step `i`: every --save-every steps and at the end, in the background; or at once, if a
-        signal came.
+        """Save what is due after step `i` in the background: every --save-every steps, at the end; at once on a signal.
 
         The same for the model in Hugging Face's format (OUT/hf-STEP), every --export-every steps.
 
@@ -198,8 +207,7 @@ class Run:
             raise SystemExit(128 + heard)
 
     def finish(self, params: tree.Tree) -> None:
-        """Write OUT/hf, the model in the format and dtypes of --model, with --lora also OUT/adapter in PEFT's, and mark
-        the run as finished."""
+        """Write OUT/hf in the format and dtypes of --model, with --lora OUT/adapter in PEFT's; mark the run as done."""
         for background in filter(None, (self._checkpoints, self._exporter)):
             background.wait()
         if "in_a_row" in self._before and (why := self._advice(self._before)):
@@ -207,7 +215,7 @@ class Run:
         if self.flags.lora:
             peft.save(self.out / "adapter", params, self.names, cli.adapter(self.flags), self.flags.model)
         hf.save(self.out / "hf", self._merged(params), self.names, like=self.flags.model, quantise=self._quantise)
-        process.on_main(lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
+        self.peers.tell("finish", lambda: self._write(self._recorded() | {"finished": self.flags.steps}))
         cli.say(f"{self.out}/hf: the model, as transformers loads it")
 
     def _merged(self, params: tree.Tree) -> tree.Tree:
@@ -248,8 +256,8 @@ class Run:
         file = self.out / "run.json"
         try:
             found = json.loads(file.read_text()) if file.exists() else {"runs": [], "finished": None}
-            if isinstance(found["finished"],
-                          int | None) and all(isinstance(run["flags"], dict) for run in found["runs"]):
+            sound = isinstance(found["finished"], int | None)
+            if sound and all(isinstance(run["flags"], dict) for run in found["runs"]):
                 return found
             reason = "not a record of a run"
         except (ValueError, TypeError, KeyError) as e:
@@ -295,8 +303,7 @@ def versions() -> dict[str, str]:
 
 
 def git() -> dict[str, str] | None:
-    """The commit of the script that runs (`commit`) and what differs from it (`diff`, at most 1 MB); None outside of
-    git."""
+    """The commit of the script that runs, and what differs from it (`diff`, at most 1 MB); None outside of git."""
     def ask(*words: str) -> str:
         where = Path(sys.argv[0]).resolve().parent
         return subprocess.run(["git", *words], cwd=where, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -1,5 +1,4 @@
-"""What a run shows and keeps: a progress bar, metrics.jsonl, TensorBoard event files, W&B and the loss curve. Rank 0
-does it all."""
+"""What a run shows and keeps, by rank 0: a progress bar, metrics.jsonl, TensorBoard files, W&B and the loss curve."""
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from xtf import device
 from xtf.parallel import is_main
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 class Log:
@@ -37,7 +36,7 @@ class Log:
     last row, so that neither evaluations nor their rows slow it down. mfu = 3 × forward FLOPs (`model.flops`) / seconds
     / (ranks × `device.peak_flops`).
 
-    `flags` has out, steps and dtype ("fp32", "bf16", "fp8", "fp64"); `model.flops(cfg, lengths)` is the forward pass's
+    `flags` has out, steps and dtype ("fp32", "bf16", "fp64"); `model.flops(cfg, lengths)` is the forward pass's
     FLOPs.
     """
 
@@ -69,8 +68,7 @@ class Log:
 
     def step(self, step: int, metrics: Mapping[str, Any], lengths: Sequence[int],
              mix: Mapping[str, int] | None = None) -> None:
-        """Log step number `step` (from 1): its metrics (numbers or scalar tensors) and the lengths of its documents on
-        all ranks.
+        """Log step `step` (from 1): its metrics (numbers or scalar tensors), the lengths of all ranks' documents.
 
         `mix` is the step's tokens by source; they become columns `mix/SOURCE`. Reading the metrics waits for the
         device.
@@ -146,8 +144,7 @@ class Log:
 
 
 def cut(file: Path, step: int) -> list[dict[str, Any]]:
-    """Cut a metrics file back to the rows up to `step`, all at once or not at all; the rows kept. Half a row at the end
-    is none."""
+    """Cut a metrics file back to the rows up to `step`, at once or not at all, and return them; half a row is none."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(file.read_bytes().splitlines() if step and file.exists() else (), 1):
         try:

@@ -1,8 +1,6 @@
-"""What may happen to the processes of a run: their launcher dies, a signal comes, another run wants the same folder, a
-collective hangs."""
+"""What may happen to a run's processes: a dead launcher, a signal, a folder in use, a collective that hangs."""
 import ctypes
 import faulthandler
-import fcntl
 import json
 import os
 import signal
@@ -11,24 +9,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
+from xtf import lock
 from xtf.parallel import collectives, is_main
+from xtf.parallel.peers import Peers
 
 # a scheduler's, the terminal's, and what Slurm is asked for in docs/multi-node.md
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this process when torchrun, which started it, is gone: torchrun that is killed -9 would
-    leave its workers running.
+    """Ask the kernel to kill this process when torchrun, its parent, is gone: killed -9 it would leave workers running.
 
     Does nothing where torchrun did not start this process, or the system is not Linux.
     """
@@ -40,64 +38,29 @@ def die_with_launcher() -> None:
         os._exit(1)
 
 
-def on_main(fn: Callable[[], Any]) -> Any:
-    """`fn()` on rank 0 alone; every rank gets its (picklable) result, or its ValueError or OSError.
-
-    >>> on_main(lambda: 3)
-    3
-    """
-    said: list[Any] = [None, None]
-    if is_main():
-        try:
-            said = [fn(), None]
-        except (ValueError, OSError) as e:
-            said = [None, e]
-    if dist.is_initialized():
-        dist.broadcast_object_list(said, 0)
-    if said[1] is not None:
-        raise said[1]
-    return said[0]
-
-
 @contextmanager
-def locked(folder: str | Path, wait: float = 10.0) -> Iterator[None]:
+def locked(folder: str | Path, peers: Peers, wait: float = 10.0) -> Iterator[None]:
     """Hold `folder` for this run: the kernel frees it when rank 0 ends, however it ends.
 
     Raises OSError on every rank, naming host, process and start of the owner, if another run still holds it after
     `wait` seconds (those that a killed launcher leaves behind need a moment to go).
     """
-    lock = Path(folder) / ".lock"
-    held: list[Any] = []
+    held: list[TextIO] = []
 
     def take() -> None:
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a+")                                  # closed below, or with the process
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            file = open(Path(folder) / ".lock", "a+")                    # closed below, or with the process
         except OSError as e:
             raise OSError(f"--out {folder}: cannot be written ({e}); give a folder that can") from e
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as e:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    owner = file.read().strip() or "an unknown process"
-                    file.close()
-                    raise OSError(f"--out {folder}: in use by {owner}; wait for it, stop it, or choose another --out") from e
-                time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}: "
-                   f"{' '.join(sys.argv)[:200]}")
-        file.flush()
-        held.append(file)
-    on_main(take)
+        held.append(lock.hold(file, wait, lambda owner: f"--out {folder}: in use by {owner}; wait for it, stop it, or "
+                                                        "choose another --out"))
+    peers.tell("lock", take)
     try:
         yield
     finally:
         for file in held:
-            file.truncate(0)
+            lock.note(file, "")
             file.close()
 
 

@@ -87,8 +87,7 @@ class Profile:
 
 
 def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The trace with its processes named by rank, and a curve of allocated memory for each device, made of the
-    profiler's single events.
+    """The trace with its processes named by rank, and each device's curve of allocated memory, from single events.
 
     >>> event = {"name": "process_name", "ph": "M", "pid": 7, "args": {"name": "python"}}
     >>> readable({"traceEvents": [event]}, 3)["traceEvents"][0]["args"]["name"]
@@ -106,8 +105,7 @@ def readable(trace: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def operators(trace: dict[str, Any]) -> str:
-    """A table of the operators by the memory that each allocated itself (what is freed again counts too), with calls
-    and CPU time of its own.
+    """A table of the operators by the memory that each allocated itself (freed or not), with calls and CPU time.
 
     It says what `key_averages` of torch does, in a tenth of the time.
     """
@@ -143,8 +141,7 @@ def _where(event: dict[str, Any]) -> str:
 
 
 def steps(window: str | None, out: str | Path) -> Profile:
-    """The profile of steps FROM up to, without, TO, numbered as in metrics.jsonl, of a run that leaves its files in
-    `out`.
+    """The profile of steps FROM up to, without, TO, as numbered in metrics.jsonl, of a run that writes to `out`.
 
     `window` is "FROM:TO" or None; the first steps compile and allocate, so begin with the third or so. Raises
     ValueError, naming --profile, if it is anything else.

@@ -1,5 +1,4 @@
-"""A run as one picture and one page: `python -m xtf.report OUT [OUT ...] [--to DIR]` writes report.png and report.html;
-several runs overlay."""
+"""`python -m xtf.report OUT [OUT ...] [--to DIR]`: runs as one picture and one page, report.png and report.html."""
 import argparse
 import html
 import io
@@ -32,14 +31,14 @@ ELSEWHERE = {"tokens", "eval_loss", "skipped", "in_a_row"}               # shown
 # read on white and on black
 INK, COLORS = "#808080", ("#3d87d9", "#e0762c", "#34a070", "#a06cd5", "#d9538c", "#1fa3ad", "#b3901d", "#8c6d5a")
 LAST = 20                                                               # steps whose mean is "the loss at the end"
-MFU = """MFU = 3 × forward FLOPs / seconds / (ranks × peak FLOP/s of one device), where 3 stands for forward and backward. Forward FLOPs are
-those of products with weights and of attention inside each document: neither padding nor recomputation counts. The peak is that of dense
-products in --dtype: the maker's datasheet where there is one, else measured. Tokens/s leaves out padding, and both leave out evaluations."""
+MFU = """MFU = 3 × forward FLOPs / seconds / (ranks × peak FLOP/s of one device), where 3 stands for forward and
+backward. Forward FLOPs are those of products with weights and of attention inside each document: neither padding nor
+recomputation counts. The peak is that of dense products in --dtype: the maker's datasheet where there is one, else
+measured. Tokens/s leaves out padding, and both leave out evaluations."""
 
 
 class Run(NamedTuple):
-    """What a run left: its name, each column of metrics.jsonl as (steps, values) with NaN where a value is null, and
-    run.json."""
+    """What a run left: name, columns of metrics.jsonl as (steps, values), NaN where a value is null, run.json."""
     name: str
     columns: dict[str, tuple[np.ndarray, np.ndarray]]
     record: dict[str, Any]
@@ -94,8 +93,7 @@ def read(out: str | Path) -> Run:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Each value averaged with its neighbours, which count for less the further off they are (half of it within a
-    hundredth of the curve).
+    """Each value averaged with its neighbours, weighted by nearness (half of it within a hundredth of the curve).
 
     NaN and infinities weigh nothing. Looking to both sides, unlike a running average, it does not lag behind a curve
     that falls.
@@ -125,8 +123,8 @@ def thin(x: np.ndarray, y: np.ndarray, bins: int = 500) -> tuple[np.ndarray, np.
     """
     if len(x) <= 2 * bins:
         return x, y
-    ends, low, high = np.linspace(0, len(x), bins + 1).astype(int), np.where(np.isnan(y), np.inf,
-                                                                             y), np.where(np.isnan(y), -np.inf, y)
+    ends = np.linspace(0, len(x), bins + 1).astype(int)
+    low, high = np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
     keep = np.unique([a + f(part[a:b]) for a, b in pairwise(ends) for f, part in ((np.argmin, low), (np.argmax, high))])
     return x[keep], y[keep]
 
@@ -145,11 +143,11 @@ def summary(run: Run) -> dict[str, float | None]:
         values = values[np.isfinite(values)]
         return float(fn(values)) if len(values) else None
     speed = run["tokens_per_s"]
+    timed = len(speed) and len(speed) == len(run["tokens"])
     figures = {
         "last step": float(run.columns["loss"][0][-1]),
         "tokens": of(np.sum, "tokens"),
-        "hours in steps": float(np.sum(run["tokens"] / speed) / 3600) if len(speed) and len(speed) == len(run["tokens"])
-        else None,
+        "hours in steps": float(np.sum(run["tokens"] / speed) / 3600) if timed else None,
         f"loss, mean of the last {LAST} steps": of(lambda v: v[-LAST:].mean(), "loss"),
         "held-out loss, first": of(lambda v: v[0], "eval_loss"),
         "held-out loss, lowest": of(np.min, "eval_loss"),
@@ -179,8 +177,7 @@ def flat(value: Any, path: str = "") -> dict[str, str]:
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """Small multiples over steps: loss first, then every other column there is; the data mix has a panel for each run
-    that mixes."""
+    """Small multiples over steps: loss first, then every other column; and a data mix for each run that mixes."""
     names = [c for c in dict.fromkeys([*PANELS, *(c for run in runs for c in run.columns)])
              if any(c in run.columns for run in runs) and c not in ELSEWHERE and not c.startswith("mix/")]
     mixed = [i for i, run in enumerate(runs) if any(c.startswith("mix/") for c in run.columns)]
@@ -190,9 +187,8 @@ def draw(runs: Sequence[Run]) -> Figure:
                        *((rest[i:i + 3] * 3)[:3] for i in range(2, len(rest), 3))]
     rows = [sorted(row, key=row.index) for row in rows]
     style: Any = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-                  "ytick.color": INK, "font.size": 9,
-             "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold",
-                  "axes.titlelocation": "left"}
+                  "ytick.color": INK, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                  "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12, 2.35 * len(rows) + 0.4), layout="constrained")
         axes = figure.subplot_mosaic(rows)
@@ -251,8 +247,7 @@ def panel(axes: Axes, runs: Sequence[Run], column: str) -> None:
 
 
 def scale(axes: Axes, values: np.ndarray, raw: np.ndarray, zero: bool) -> None:
-    """Limits by `values`; a few wild ones among them or in `raw` do not flatten the curve: they are cut off, and
-    counted in the panel."""
+    """Limits by `values`; a few wild ones, or in `raw`, do not flatten the curve: cut off, counted in the panel."""
     values, raw = values[np.isfinite(values)], raw[np.isfinite(raw)]
     if not len(values):
         return
@@ -314,14 +309,17 @@ def mix(axes: Axes, run: Run, named: bool) -> None:
 
 CSS = """
 :root { color-scheme: light dark }
-:root { --ink: light-dark(#1f2328, #d8dde3); --line: light-dark(#d9dde2, #363c44); --mark: light-dark(#fff3c4, #4d4319) }
+:root { --ink: light-dark(#1f2328, #d8dde3); --line: light-dark(#d9dde2, #363c44) }
+:root { --mark: light-dark(#fff3c4, #4d4319) }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: light-dark(#ffffff, #14171b) }
 body { max-width: 1180px; margin: 2rem auto; padding: 0 1rem }
 svg { width: 100%; height: auto; color: light-dark(#5b626b, #a3abb5) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0 1.5rem }
-th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
+th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid var(--line) }
+th, td { vertical-align: top; overflow-wrap: anywhere }
 th { font-weight: 600; min-width: 8rem } td.number { text-align: right } tr.differs { background: var(--mark) }
-.scroll { overflow-x: auto } code, pre { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
+.scroll { overflow-x: auto } code, pre { font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere }
+h2 { font-size: 1.1rem; margin-top: 2rem }
 """
 
 
@@ -329,9 +327,11 @@ def table(heads: Sequence[str], rows: dict[str, Sequence[str]], kind: str = "") 
     """An HTML table of text; a row whose cells differ is marked, unless it is one of numbers."""
     def row(name: str, cells: Sequence[str]) -> str:
         mark = ' class="differs"' if not kind and len(set(cells)) > 1 else ""
-        return f"<tr{mark}><th>{html.escape(name)}</th>" + "".join(f'<td{kind and f" class={kind}"}>{html.escape(c)}</td>' for c in cells) + "</tr>"
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("", *heads)) if len(heads) > 1 else ""
-    return f'<div class="scroll"><table>{f"<tr>{head}</tr>" if head else ""}{"".join(row(k, v) for k, v in rows.items())}</table></div>'
+        data = "".join(f"<td{kind and f' class={kind}'}>{html.escape(c)}</td>" for c in cells)
+        return f"<tr{mark}><th>{html.escape(name)}</th>{data}</tr>"
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in ("", *heads))
+    body = (f"<tr>{head}</tr>" if len(heads) > 1 else "") + "".join(row(k, v) for k, v in rows.items())
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def page(runs: Sequence[Run], svg: str) -> str:
@@ -358,18 +358,17 @@ def page(runs: Sequence[Run], svg: str) -> str:
             diff = words.pop("git.diff", "")
             words["command"] = " ".join(start.get("argv") or ())
             parts.append(table([""], {k: [v] for k, v in words.items() if v not in ("", "null")}))
-            parts.append(f"<details><summary>uncommitted changes</summary><pre>{html.escape(diff)}</pre></details>"
-                         if diff else "")
+            changes = f"<details><summary>uncommitted changes</summary><pre>{html.escape(diff)}</pre></details>"
+            parts.append(changes if diff else "")
         end = run.record.get("finished")
         parts.append(f"<p>{'Not finished.' if end is None else f'Finished at step {end}.'}</p>")
     title = html.escape(" · ".join(names))
-    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>\n<h1>{title}</h1>'
-    return "\n".join([head, *parts, "</html>\n"])
+    head = f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
+    return "\n".join(["<!doctype html>", head, f"<h1>{title}</h1>", *parts, "</html>\n"])
 
 
 def write(outs: Sequence[str | Path], to: str | Path | None = None) -> tuple[Path, Path]:
-    """Read runs and write report.png and report.html into `to` (the first run's directory if None); returns the two
-    files.
+    """Read runs, and write report.png and report.html into `to` (by default the first run's directory); the two files.
 
     The same runs give the same bytes. Raises what `read` raises.
 
@@ -385,7 +384,8 @@ def write(outs: Sequence[str | Path], to: str | Path | None = None) -> tuple[Pat
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "xtf"}):
         figure.savefig(buffer := io.StringIO(), format="svg", transparent=True,
                        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S).replace(INK, "currentColor")
+    svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
+    svg = svg.replace(INK, "currentColor")
     figure.savefig(to / "report.png", dpi=130, transparent=True)
     (to / "report.html").write_text(page(runs, svg), encoding="utf-8")
     return to / "report.png", to / "report.html"

@@ -24,7 +24,7 @@ class Pool:
     another.
     """
 
-    def __init__(self, size: int, timeout: float = 120.0):
+    def __init__(self, size: int, timeout: float = 300.0):
         self.size, self.timeout = size, timeout
         self.workers: list[tuple[Any, Any]] = []
         self.folder = ""

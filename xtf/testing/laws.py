@@ -83,20 +83,27 @@ class Layout:
 
 def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str] = ("attn_out",),
             compile: bool = False, max_sp: int = 4, experts: int = 0) -> st.SearchStrategy[Layout]:
-    """Meshes over `axes` with at most `max_ranks` ranks (a power of two), any storage axes, remat and order of
-    transforms.
+    """Meshes over `axes` with at most `max_ranks` ranks, any storage axes, remat and order of transforms.
 
-    `max_sp` bounds `sp`, which has to divide the model's query heads. `experts` is how many experts a layer of the
-    model has: they may live on any axis that divides them, with exact sizes or ample static ones, and the halves of a
+    Numbers of ranks are products of 2 and 3 (1, 2, 3, 4, 6, 8, ...): three ranks divide hardly any leaf evenly. `sp`
+    divides `max_sp`, which has to divide the model's query heads. `experts` is how many experts a layer of the model
+    has: they may live on any axis that divides them, with exact sizes or ample static ones, and the halves of a
     micro-batch may overlap. Shrinks towards one process.
+
+    >>> import warnings; warnings.simplefilter("ignore")
+    >>> from hypothesis import find
+    >>> find(layouts(6, ["dp"]), lambda layout: layout.num_ranks > 2).mesh
+    (('dp', 3),)
     """
+    counts = {n: factors for n in range(1, max_ranks + 1) if (factors := _twos_and_threes(n)) is not None
+              and (set(axes) - {"sp"} or max_sp % n == 0)}
+
     @st.composite
     def draw(d: Any) -> Layout:
-        ranks = d(st.sampled_from([2 ** i for i in range(max_ranks.bit_length()) if 2 ** i <= max_ranks]))
         sizes = dict.fromkeys(axes, 1)
-        while math.prod(sizes.values()) < ranks:
-            axis = d(st.sampled_from([a for a in axes if a != "sp" or sizes[a] * 2 <= max_sp]))
-            sizes[axis] *= 2
+        for factor in counts[d(st.sampled_from(list(counts)))]:
+            fits = [a for a in axes if a != "sp" or max_sp % (sizes[a] * factor) == 0]
+            sizes[d(st.sampled_from(fits))] *= factor
         used = [a for a in axes if sizes[a] > 1]
         store = tuple(a for a in used if a != "replicate" and d(st.booleans()))
         axis = d(st.sampled_from(["", *(a for a in used if experts % sizes[a] == 0)])) if experts else ""
@@ -108,14 +115,23 @@ def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str
     return draw()
 
 
+def _twos_and_threes(n: int) -> list[int] | None:
+    """The prime factors of n; None if it has others than 2 and 3."""
+    factors = []
+    for prime in (2, 3):
+        while n % prime == 0:
+            factors.append(prime)
+            n //= prime
+    return factors if n == 1 else None
+
+
 UP_TO_FOUR = layouts(4)
 AMPLE = 256, 2048                                     # more rows and pairs than a batch of `token_batches` can make
 
 
 def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
                   multiple: int = 1) -> Callable[[Layout], st.SearchStrategy[Batch]]:
-    """For a layout, a strategy of whole global batches that it can cut: ragged documents, random tokens and masks, some
-    padding.
+    """For a layout, a strategy of whole global batches: ragged documents, random tokens and masks, some padding.
 
     Packs are at most `max_packs` × `multiple` (for micro-batches; twice that where halves overlap) for each rank that
     holds other packs, their length at most `max_len` times `sp`.
@@ -161,11 +177,13 @@ def spy(seen: list) -> Transform:
             out = ops.collect(grads, leaves)
             # a copy: the optimizer may overwrite gradients
             copies = [None if g is None else g.clone() for g in out]
-            seen[:] = [[a if b is None else b if a is None else a + b
-                        for a, b in zip(seen[0], copies, strict=True)]] if seen else [copies]
+            if seen:
+                copies = [a if b is None else b if a is None else a + b
+                          for a, b in zip(seen[0], copies, strict=True)]
+            seen[:] = [copies]
             return out
         return replace(ops, collect=collect)
-    return Transform("spy", 99, wrap)
+    return Transform("spy", 99, wrap)                    # after all others
 
 
 # making groups takes longer than an example
@@ -174,8 +192,7 @@ shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))
 
 def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int,
                extra: tree.Tree = None) -> tuple | None:
-    """On every rank: the first step's gradients and metrics, and the parameters after `steps` steps, whole, on rank
-    0."""
+    """On every rank: the first step's gradients and metrics, and whole parameters after `steps` steps, on rank 0."""
     m = shared_mesh(layout.mesh)
     seen: list = []
     run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
@@ -184,9 +201,10 @@ def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch
     for _ in range(steps):
         state, metrics = run(state, cut(batch, m))
         if first is None:
-            dressed = seen[0] if m is None else [None if g is None else place.from_local(g, p.shape) for g, p, place in
-                                                 zip(seen[0], tree.leaves(run.specs), tree.leaves(run.layout),
-                                                     strict=True)]
+            dressed = seen[0]
+            if m is not None:
+                places = zip(dressed, tree.leaves(run.specs), tree.leaves(run.layout), strict=True)
+                dressed = [None if g is None else place.from_local(g, p.shape) for g, p, place in places]
             first = [None if g is None else whole(g) for g in dressed], tree.tree_map(whole, metrics)
         seen.clear()
     final = [whole(p) for p in tree.leaves(state.params)]
@@ -202,8 +220,9 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
             reference: Callable | None = None, extra: tree.Tree = None) -> Equivalence:
     """Run `reference` (by default `step`) on one process and `step` on `layout`, and say how far apart they are."""
     one: list = []
-    adapters = [f() for f in layout.extra if f().stage == 30]  # they change the function: both have them
-    base = shard(reference or step, spy(one), *adapters, specs=specs)
+    # what needs no mesh (adapters, freezing, precision) is a part of the function: one process has it, too
+    common = [t for t in (f() for f in layout.extra) if not t.needs_mesh]
+    base = shard(reference or step, spy(one), *common, specs=specs)
     params = init(base.specs, seed)
     state, grads, said = TrainState.create(params, opt.init(params), _fresh(extra), seed), None, {}
     for _ in range(steps):
@@ -283,10 +302,12 @@ def assert_equivalent(step: Callable, layouts: st.SearchStrategy[Layout] | Seque
         batch = data.draw(batches(layout), label="batch")
         e = compare(step, layout, batch, specs=specs, opt=opt, seed=seed, steps=steps, reference=reference, extra=extra)
         where = f"on {layout}, batch of {', '.join(f'{k} {tuple(v.shape)}' for k, v in tree.flatten_with_path(batch))}"
-        assert e.grad <= bound, f"gradient of {e.grad_leaf} differs by {e.grad:.2e} of its largest (bound {bound:.1e}) {where}"
+        assert e.grad <= bound, (f"gradient of {e.grad_leaf} differs by {e.grad:.2e} of its largest "
+                                 f"(bound {bound:.1e}) {where}")
         assert e.loss <= bound, f"loss differs by {e.loss:.2e} (bound {bound:.1e}) {where}"
         assert e.metric <= bound, f"metric {e.metric_name} differs by {e.metric:.2e} (bound {bound:.1e}) {where}"
-        assert e.param <= 1000 * bound, f"parameter {e.param_leaf} differs by {e.param:.2e} after {steps} steps (bound {1000 * bound:.1e}) {where}"
+        assert e.param <= 1000 * bound, (f"parameter {e.param_leaf} differs by {e.param:.2e} after {steps} steps "
+                                         f"(bound {1000 * bound:.1e}) {where}")
 
     check()
 

@@ -1,5 +1,4 @@
-"""A checkpoint directory's logits and gradients, on any layout: what parity with other implementations is measured
-on."""
+"""A checkpoint directory's logits and gradients on any layout: what parity with others is measured on."""
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +16,9 @@ from xtf.testing.laws import Layout, shared_mesh, whole
 
 
 def logits_and_grads(path: str, sequences: Sequence[Sequence[int]], dtype: torch.dtype,
-                     layout: Layout | dict[str, int] | str | None = None) -> tuple[list[torch.Tensor],
-                                                                                   dict[str, torch.Tensor]]:
-    """The logits of ragged sequences and the gradients of their summed next-token loss, by a Hugging Face directory's
-    model.
+                     layout: Layout | dict[str, int] | str | None = None
+                     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Logits of ragged sequences and gradients of their summed next-token loss, by a Hugging Face directory's model.
 
     `sequences` are lists of token ids, packed into one batch; parameters have `dtype`. `layout` is None (one process),
     mesh sizes (`{"dp": 2, "sp": 2}` or `"dp=2,sp=2"`: fsdp over dp, ep and sp, experts on ep) or a `Layout`; it runs on
@@ -63,8 +61,7 @@ def as_layout(layout: Layout | dict[str, int] | str | None) -> Layout:
 
 
 def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tuple[int, int]]]:
-    """One pack for each rank that holds other packs; each sequence goes to the emptiest. Returns (pack, start) of each
-    too."""
+    """One pack for each rank that holds other packs, the emptiest filled first; and (pack, start) of each sequence."""
     fill: list[list[int]] = [[] for _ in range(layout.pack_ranks)]
     where = []
     length = lambda p: sum(len(sequences[i]) for i in fill[p])
@@ -79,8 +76,8 @@ def _batch(sequences: list[list[int]], layout: Layout) -> tuple[Batch, list[tupl
     return stack(packs), where
 
 
-def _on_rank(path: str, batch: Batch, dtype: torch.dtype, layout: Layout) -> tuple[torch.Tensor,
-                                                                                   dict[str, torch.Tensor] | None]:
+def _on_rank(path: str, batch: Batch, dtype: torch.dtype,
+             layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
     module, cfg = models.from_hf(path)
     names = module.names(cfg)
 

@@ -11,12 +11,11 @@ from xtf.kernels import experts
 from xtf.layout import local
 from xtf.ops import Ops
 from xtf.state import TrainState
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
 
 def jit(compile: bool = True, donate: bool = True) -> Transform:
-    """Compile the blocks that `scan` runs (fullgraph, static shapes; in pieces where tokens fly to other ranks'
-    experts), and donate the state.
+    """Compile the blocks that `scan` runs (fullgraph, static shapes; in pieces around messages), and donate the state.
 
     Blocks are compiled once for each function (a `functools.partial` by its parts), so define them outside of the step.
     Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed
@@ -41,13 +40,13 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
                 # kinds of layers × steps × whether gradients are wanted, all of one function: more than the 8 that
                 # torch stops at
                 torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-                at_home = ops.plan is experts.plan  # else how many rows there are changes from step to step
+                at_home = ops.announce is experts.announce  # else how many rows there are changes from step to step
                 compiled[key] = torch.compile(block, fullgraph=at_home, dynamic=False if at_home else None)
             return ops.scan(compiled[key], *args, **kwargs)
 
         return replace(ops, scan=scan if compile else ops.scan, donate=donate)
 
-    return Transform("jit", 50, wrap, step=_donating if donate else lambda run: run)
+    return Transform("jit", Stage.JIT, wrap, step=_donating if donate else lambda run: run)
 
 
 def _versions(state: TrainState) -> list[int]:

@@ -20,7 +20,7 @@ from xtf import tree
 from xtf.layout import Place, like, local
 from xtf.ops import Ops
 from xtf.spec import ZEROS, Param
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
 A, B = "lora_a", "lora_b"
 ADAPTERS = A, B
@@ -49,8 +49,7 @@ class Lora(Transform):
 
 def lora(rank: int, alpha: float | None = None, targets: Sequence[str] | None = None,
          base_dtype: torch.dtype | None = None) -> Lora:
-    """Adapters of `rank` beside the products that `targets` name; every other leaf is frozen: no gradient, no optimizer
-    state.
+    """Adapters of `rank` beside the products that `targets` name; all else is frozen: no gradient, no optimizer state.
 
     `targets` are node paths or parts of them (`"q"`, `"experts"`, `"layers.0.mlp.up"`); None is every product but
     vocabulary and routers. `alpha` is 2 × rank by default. `base_dtype=torch.bfloat16` stores the frozen float32
@@ -66,7 +65,7 @@ def lora(rank: int, alpha: float | None = None, targets: Sequence[str] | None = 
     if rank < 1 or (alpha is not None and alpha <= 0):
         raise ValueError(f"lora: rank and alpha must be positive, got rank={rank}, alpha={alpha}")
     wide = lambda x: torch.float32 if x.dtype == base_dtype and x.ndim >= 2 else None
-    made = Lora("lora", 30, specs=lambda specs: _adapted(specs, rank, targets, base_dtype),
+    made = Lora("lora", Stage.WEIGHTS, specs=lambda specs: _adapted(specs, rank, targets, base_dtype),
                 cast=wide if base_dtype else None, rank=rank, alpha=2.0 * rank if alpha is None else float(alpha))
     return replace(made, wrap=lambda ops, env: _wrap(ops, env, made.scale))
 
@@ -165,8 +164,7 @@ def join(values: tree.Tree, more: tree.Tree) -> tree.Tree:
 
 @torch.no_grad()
 def merge(params: tree.Tree, adapter: Lora) -> tree.Tree:
-    """The parameters of the same function without adapters: W + scale B A, added in at least float32 and rounded once
-    to the dtype of W.
+    """The same function's parameters without adapters: W + scale B A, in at least float32, rounded once to W's dtype.
 
     Leaves may be DTensors: each rank keeps its part of W, and gathers A and B of one product at a time (all ranks call
     this). Leaves without adapters are the same tensors.
@@ -190,7 +188,10 @@ def _merged(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adapter: Lora) ->
     part = local(w).detach()
     wide = torch.promote_types(part.dtype, torch.float32)
     a, b = (x.full_tensor() if isinstance(x, DTensor) else x for x in (a, b))
-    offset, size = Place(w.device_mesh, w.placements).box(tuple(w.shape)) if isinstance(w, DTensor) else ((0,) * w.ndim, tuple(w.shape))
+    if isinstance(w, DTensor):
+        offset, size = Place(w.device_mesh, w.placements).box(tuple(w.shape))
+    else:
+        offset, size = (0,) * w.ndim, tuple(w.shape)
     *experts, rows, columns = (slice(o, o + n) for o, n in zip(offset, size, strict=True))
     product = b[(*experts, rows)].to(wide) @ a[(*experts, slice(None), columns)].to(wide)
     return like((part.to(wide) + adapter.scale * product).to(part.dtype), w)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree  # torch.compile traces it
 from xtf import tree
 from xtf.moe import interleave
 from xtf.ops import Ops
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
 
 def overlap() -> Transform:
@@ -24,19 +24,21 @@ def overlap() -> Transform:
     Raises ValueError, when the step runs, if the packs of a micro-batch do not divide by two.
 
     Source: DualPipe's overlap of computation and communication (arXiv 2412.19437, section 3.2.1), within one rank's
-        forward and backward.
+    forward and backward.
 
     >>> overlap().name
     'overlap'
     """
     def wrap(ops: Ops, env: Env) -> Ops:
         def scan(block: Callable, layers: Sequence, x: Any, *shared: Any, **kwargs: Any) -> tuple[Any, list]:
-            fn, keywords = (block.func, block.keywords) if isinstance(block, partial) and not block.args else (block, {})
+            fn, keywords = block, {}
+            if isinstance(block, partial) and not block.args:
+                fn, keywords = block.func, block.keywords
             if hasattr(fn, "stages"):
                 block = partial(_in_halves, fn, **keywords)         # by its parts, as jit keeps what it has compiled
             return ops.scan(block, layers, x, *shared, **kwargs)
         return replace(ops, scan=scan)
-    return Transform("overlap", 60, wrap)
+    return Transform("overlap", Stage.OVERLAP, wrap)
 
 
 def _in_halves(block: Any, params: tree.Tree, x: torch.Tensor, *shared: Any, **keywords: Any) -> tuple[Any, Any]:

@@ -19,12 +19,11 @@ from torch.utils.checkpoint import (
 )
 
 from xtf.ops import Ops
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 
 
 def remat(*keep: str) -> Transform:
-    """Keep only each block's inputs and recompute the block in backward; `keep` names calls (`"attn_out"`) whose
-    results stay.
+    """Keep each block's inputs alone and recompute it in backward; results of calls in `keep` (`"attn_out"`) stay.
 
     Names are those that models give with `ops.name(fn, label)`. A label that no call has keeps nothing. What is
     labelled "routes" (the choice of experts and the exchange of counts: integers) is always kept, so that a token
@@ -84,4 +83,4 @@ def remat(*keep: str) -> Transform:
 
         return replace(ops, scan=partial(ops.scan, around=around), name=name)
 
-    return Transform("remat", 40, wrap)
+    return Transform("remat", Stage.REMAT, wrap)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from xtf import tree
-from xtf.transform import Transform
+from xtf.transform import Stage, Transform
 
 # what is bf16 already is said to stay so: `lora` would widen a base that it stores in bf16
 CAST = torch.float32, torch.float64, torch.bfloat16
@@ -20,16 +20,16 @@ def bf16() -> Transform:
     >>> bf16().cast(torch.ones(2, 2)), bf16().cast(torch.ones(2))
     (torch.bfloat16, None)
     """
-    return Transform("bf16", 0, cast=lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in CAST else None)
+    narrow = lambda x: torch.bfloat16 if x.ndim >= 2 and x.dtype in CAST else None
+    return Transform("bf16", Stage.PRECISION, cast=narrow)
 
 
 def fp64() -> Transform:
-    """Everything in float64: for telling a mistake, or what discrete choices make of rounding, from the rounding
-    itself.
+    """Everything in float64: to tell a mistake, or what discrete choices make of rounding, from the rounding.
 
     >>> from xtf.spec import Param
     >>> fp64().specs({"w": Param((2,), torch.float32, ("embed",))})["w"].dtype
     torch.float64
     """
     wide = lambda p: replace(p, dtype=torch.float64) if p.dtype.is_floating_point else p
-    return Transform("fp64", 0, specs=lambda specs: tree.tree_map(wide, specs))
+    return Transform("fp64", Stage.PRECISION, specs=lambda specs: tree.tree_map(wide, specs))

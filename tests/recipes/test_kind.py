@@ -1,0 +1,65 @@
+"""What a recipe is: a script for one model, read alone, with the step written out; all else is called, so that one more
+flag of the optimizer or of evaluation is a change to one file of xtf/cli."""
+import ast
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.recipes.test_sft import ROOT, recipe
+from xtf import cli
+from xtf.cli._optimizer import OptimizerFlags, PretrainOptimizerFlags
+from xtf.cli.evaluation import EvaluationFlags
+
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if "def train(" in p.read_text())
+ELSEWHERE = ("optim", "schedules", "adamw(", "muon(", "guard(", "clip_by_global_norm", "eval_batches", "eval_step",
+             "no_grad", "dry_run", "show_batch", "from_scratch", "safetensors")
+
+
+def test_there_are_seven():
+    assert len(RECIPES) == 7
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
+def test_the_step_and_the_loop_are_written_out_and_the_rest_is_called(file):
+    source = file.read_text()
+    code = ast.unparse(ast.parse(source.replace("cli.optimizer(flags)", "called")))
+    assert "def train_step(state, batch, ops=xtf.LOCAL):" in code and "for i, batch in run.steps():" in code
+    assert "value_and_grad(share)" in code and "tx.update(grads" in code and "state.apply(" in code
+    body = code.split('"""', 2)[2]                                         # the docstring speaks of flags
+    assert not [word for word in ELSEWHERE if word in body]
+    own = {field.name for kind in (PretrainOptimizerFlags, EvaluationFlags) for field in dataclasses.fields(kind)}
+    assert not [name for name in own if f"flags.{name}" in body]
+    assert len(source.splitlines()) < 150
+
+
+def test_the_optimizer_needs_no_flag_of_another_file():
+    make = lambda trained: {"layers": [{"q": {"weight": torch.ones(4, 4, requires_grad=trained)}}],
+                            "norm": torch.ones(4, requires_grad=trained)}
+    params, grads = make(True), make(False)
+    for flags in (OptimizerFlags(warmup=0.0), PretrainOptimizerFlags(warmup=0.0, optimizer="muon")):
+        tx, schedule, watch = cli.optimizer(flags)
+        tx.update(grads, tx.init(params), params)
+        assert float(schedule(torch.tensor(0))) == flags.lr and watch.patience == flags.max_skipped
+
+
+def test_pretraining_has_its_own_rate_with_experts_too():
+    """Of two bases the first that a class names is to have the last word, which dataclasses forget."""
+    for name, lr in (("qwen3_moe_sft", 1e-5), ("qwen3_pretrain", 3e-4), ("deepseek_v3_pretrain", 3e-4)):
+        assert recipe(name).Flags(model="", data=(), out="").lr == lr
+
+
+def test_fp8_is_not_offered(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(cli.Flags, ["--help"])
+    assert "--dtype {fp32,bf16,fp64}" in capsys.readouterr().out
+
+
+def test_no_flag_is_said_with_a_line_break():
+    """Which --help would show."""
+    for file in (*RECIPES, *(ROOT / "xtf" / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for a, b in pairwise(node.body) if isinstance(node, ast.ClassDef) else ():
+                if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant):
+                    assert "\n" not in b.value.value, f"{file}:{b.lineno}"

@@ -1,0 +1,51 @@
+"""The held-out loss: its flags, when it is due, and what it is."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from xtf import LOCAL, TrainState, Transform, shard
+from xtf.cli.ranks import on_device
+from xtf.data import Loader, eval_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFlags:
+    """What is held out, and how often it is looked at."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out files."""
+    eval_fraction: float = 0.0
+    """Without --eval-data: the share of --data to hold out."""
+    eval_every: int = 0
+    """Evaluate every so many steps too, not just before and after."""
+
+
+class Evaluation:
+    """The loss of a model on `held_out` data, whole, whatever the layout: a mean over the tokens that carry loss.
+
+    `flags` is a `cli.Flags`; `loader` that of the training data, of whose steps' size the batches are; `transforms`
+    are those of an evaluation, which must not donate its state.
+    """
+
+    def __init__(self, flags: Any, model: ModuleType, cfg: Any, loader: Loader, held_out: Any,
+                 transforms: Sequence[Transform], mesh: DeviceMesh | None):
+        self.flags, self.loader, self.held_out, self.mesh = flags, loader, held_out, mesh
+
+        def eval_step(state, batch, ops=LOCAL):
+            with torch.no_grad():
+                nll = model.loss(state.params, batch, cfg, ops)
+                return ops.total(torch.stack([nll, batch.loss_mask.sum()]).double())
+        self.step = shard(eval_step, *transforms, mesh=mesh, specs=model.specs(cfg))
+
+    def due(self, i: int) -> bool:
+        """Whether it is wanted after step `i`: before the first, every --eval-every, and after the last."""
+        return i in (0, self.flags.steps) or bool(self.flags.eval_every and i % self.flags.eval_every == 0)
+
+    def loss(self, state: TrainState) -> float:
+        """The held-out loss of a state, the same on every rank."""
+        batches = eval_batches(self.held_out, self.loader.seq_len, self.loader.packs_per_step, self.mesh)
+        nll, tokens = torch.stack([self.step(state, on_device(batch)) for batch in batches]).sum(0).tolist()
+        return nll / max(tokens, 1)
