@@ -61,7 +61,7 @@ def to_hf(gguf_file: str | Path, out_dir: str | Path, dtype: torch.dtype = torch
                          "file again") from e
     shapes = {hf: (dtype, tuple(int(n) for n in reversed(tensors[name].shape))) for name, hf in names.items()}
     shards = files.assign({n: dtype.itemsize * int(np.prod(shape)) for n, (_, shape) in shapes.items()}, 5 << 30)
-    entries, headers = files.plan(files.partial(path), shapes, shards)
+    entries, headers = files.lay_out(files.partial(path), shapes, shards)
     try:
         work = files.begin(path)
         files.create(entries, headers)

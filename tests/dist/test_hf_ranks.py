@@ -141,7 +141,8 @@ def test_each_rank_reads_its_share_and_all_write_the_original(source, tmp_path, 
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"model_type": "drawn"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-new"]
     new = {n: x for f in (tmp_path / "out-new").glob("*.safetensors") for n, x in load_file(f).items()}
-    assert new.keys() == {n for _, n in raw(source)} - {HEAD, FREQ} and len(list((tmp_path / "out-new").glob("*.safetensors"))) > 2
+    assert new.keys() == {n for _, n in raw(source)} - {HEAD, FREQ}
+    assert len(list((tmp_path / "out-new").glob("*.safetensors"))) > 2
     # each byte is written once, whoever holds copies: what all ranks wrote is what the two directories have
     everything = [f for d in ("out", "out-new") for f in (tmp_path / d).iterdir()]
     assert sum(w for *_, w in results) == sum(f.stat().st_size for f in everything)
@@ -172,6 +173,31 @@ def test_one_rank_that_fails_fails_all_and_leaves_what_was_there(source, tmp_pat
     assert all("No space left" in text and "out.partial/model.safetensors" in text for _, text in errors)
     assert all(f"rank {culprit}: " in text for r, (_, text) in enumerate(errors) if r != culprit)
     assert raw(tmp_path / "out") == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def halves(folder):
+    """Each half of the ranks saves and loads a model of its own; rank 3 cannot write the second time."""
+    mesh = DeviceMesh("cpu", torch.arange(4).reshape(2, 2), mesh_dim_names=("half", "store"))["store"]
+    number, place, said = dist.get_rank() // 2, Place(mesh, (S(0),)), []
+    specs = {"w": Param((6, 2), torch.float32, (None, None))}
+    with pytest.MonkeyPatch.context() as mp:
+        for value in (1.0, 2.0):
+            try:
+                hf.save(folder / f"half{number}", {"w": place.put(torch.full((6, 2), value + number))}, {"w": "w"})
+                said.append(None)
+            except Exception as e:
+                said.append(f"{type(e).__name__}: {e}")
+            if dist.get_rank() == 3:
+                mp.setattr(os, "pwrite", lambda *args: 1 / 0)
+    loaded = hf.load(folder / f"half{number}", specs, {"w": "w"}, {"w": place})["w"]
+    return *said, loaded.full_tensor().unique().tolist()
+
+
+def test_ranks_of_a_part_of_the_world_fail_alone(tmp_path):
+    good, also_good, other, culprit = pool(4).run(halves, tmp_path)
+    assert good == also_good == (None, None, [2.0])
+    assert other == (None, "RuntimeError: hf.save: write: rank 3: division by zero", [2.0])
+    assert culprit[0] is None and culprit[1].startswith("ZeroDivisionError") and culprit[2] == [2.0]
 
 
 def dies(rank, size, source, folder, culprit, moment):

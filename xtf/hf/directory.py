@@ -140,27 +140,27 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
     mesh = mesh_of(leaves.values())
     peers = peers or _mesh.peers(mesh)
     try:
-        with peers.together("hf.save: plan"):
+        with peers.together("hf.save: outline"):
             boxes = {p: _box(names[p], x) for p, x in leaves.items()}
-            plan = _plan(like, expected, quantise, max_shard_bytes, ignore, tied)
-            entries, headers = files.plan(files.partial(path), plan.written, plan.shards)
+            outline = _outline(like, expected, quantise, max_shard_bytes, ignore, tied)
+            entries, headers = files.lay_out(files.partial(path), outline.written, outline.shards)
             if peers.lead:
                 files.begin(path)
                 files.create(entries, headers)
-        scales = _scales(leaves, names, expected, boxes, plan.fp8, peers)
+        scales = _scales(leaves, names, expected, boxes, outline.fp8, peers)
         with peers.together("hf.save: write"):
             parts = [part for p, x in leaves.items() for part in cut(names[p], *_share(x, *boxes[p], mesh))]
-            parts += [(twin, at, x) for twin, name in plan.twins.items() for n, at, x in parts if n == name]
-            scales |= {twin: scales[name] for twin, name in plan.twins.items() if twin in plan.fp8}
+            parts += [(twin, at, x) for twin, name in outline.twins.items() for n, at, x in parts if n == name]
+            scales |= {twin: scales[name] for twin, name in outline.twins.items() if twin in outline.fp8}
             if peers.lead:
-                whole = plan.copied | {n + SCALE: x for n, x in scales.items()}
+                whole = outline.copied | {n + SCALE: x for n, x in scales.items()}
                 parts += [(n, (0,) * len(t.shape),
                            t if isinstance(t, torch.Tensor) else _read(t, (0,) * len(t.shape), t.shape))
                           for n, t in whole.items()]
 
             def write(part: tuple[str, Shape, torch.Tensor]) -> None:
                 name, at, x = part
-                x = quantised.encode(x, at, scales[name], plan.fp8[name].block) if name in plan.fp8 else x
+                x = quantised.encode(x, at, scales[name], outline.fp8[name].block) if name in outline.fp8 else x
                 files.write(fds[entries[name].file], entries[name], at, x)
             parts = [part for part in parts if part[2].numel()]
             with ExitStack() as stack, ThreadPoolExecutor(THREADS) as pool:
@@ -169,7 +169,7 @@ def save(path: str | Path, params: tree.Tree, names: Mapping[str, str], like: st
                 list(pool.map(write, parts))
         with peers.together("hf.save: finish"):
             if peers.lead:
-                _copy_others(like, files.partial(path), plan.config)
+                _copy_others(like, files.partial(path), outline.config)
                 files.finish(path)
     except BaseException:
         if peers.lead:
@@ -188,7 +188,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((files.as_bytes(a) == files.as_bytes(b)).all())
 
 
-class _Plan(NamedTuple):
+class _Outline(NamedTuple):
     """What `save` writes: name -> (dtype, shape), each tensor's file, how to quantise, what of `like` comes again."""
     written: dict[str, tuple[torch.dtype, Shape]]
     shards: dict[str, str]
@@ -205,11 +205,11 @@ def check(params: tree.Tree, names: Mapping[str, str], like: str | Path | None =
 
     >>> check({"norm": {"weight": torch.ones(3)}}, {"norm.weight": "model.norm.weight"})
     """
-    _plan(like, wanted(dict(tree.flatten_with_path(params)), names, "params"), quantise, 5 << 30, ignore, tied)
+    _outline(like, wanted(dict(tree.flatten_with_path(params)), names, "params"), quantise, 5 << 30, ignore, tied)
 
 
-def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str | None, max_shard_bytes: int,
-          ignore: Sequence[str], tied: Mapping[str, str]) -> _Plan:
+def _outline(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str | None, max_shard_bytes: int,
+             ignore: Sequence[str], tied: Mapping[str, str]) -> _Outline:
     if quantise not in (None, "fp8") or (quantise and not (like and Path(like, "config.json").is_file())):
         raise ValueError(f"hf.save: quantise={quantise!r} with like={like}: give None, or 'fp8' and a directory with "
                          "a config.json that can say so")
@@ -235,7 +235,7 @@ def _plan(like: str | Path | None, wanted: Mapping[str, Wanted], quantise: str |
     else:
         shards = files.assign({n: math.prod(shape) * dtype.itemsize for n, (dtype, shape) in written.items()},
                               max_shard_bytes)
-    return _Plan(written, shards, fp8, twins, copied, config)
+    return _Outline(written, shards, fp8, twins, copied, config)
 
 
 def _box(name: str, x: torch.Tensor) -> tuple[Shape, torch.Tensor]:

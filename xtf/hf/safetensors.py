@@ -258,8 +258,8 @@ def assign(nbytes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
     return {n: SINGLE if shard == 0 else f"model-{i + 1:05}-of-{shard + 1:05}.safetensors" for n, i in shards.items()}
 
 
-def plan(folder: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]],
-         files: Mapping[str, str]) -> tuple[dict[str, Entry], dict[Path, bytes]]:
+def lay_out(folder: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]],
+            files: Mapping[str, str]) -> tuple[dict[str, Entry], dict[Path, bytes]]:
     """Where each tensor's bytes go, and each file's header: a pure function, so that ranks need not talk.
 
     Wide dtypes come first and then names in order, as in the files of the safetensors package.

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434, section 2.1; DeepSeek V3, arXiv 2412.19437, eq. 1 to 11).
 
 Keys and values of all heads come from one narrow latent, queries from another or straight from the hidden state. Of
-each key's n + r dims, n are the head's own and know no position; r are turned by it and shared by all heads. Values
+each key's d = n + r dims, n are the head's own and know no position; r turn with it and are shared by all heads. Values
 have v dims.
 
 P packs   t positions here   S documents   D hidden   H heads   c dims of keys' and values' latent
