@@ -125,10 +125,11 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
         case LinearRope(factor=factor):
             return (plain / factor).to(device)
         case DynamicRope(factor=factor, max_position_embeddings=most):
-            lengths_PT = document_lengths(segments_PS, T).float()
+            # powers in float64: float32's round by where a number stands in the tensor, so by a document's neighbours
+            lengths_PT = document_lengths(segments_PS, T).double()
             growth_PT = torch.where(lengths_PT > most, factor * lengths_PT / most - (factor - 1), 1.0)
             theta_PT = kind.rope_theta * growth_PT ** (head_dim / (head_dim - 2))
-            return 1.0 / theta_PT[..., None] ** powers.to(device)
+            return 1.0 / (theta_PT[..., None] ** powers.to(device).double()).float()
         case YarnRope():
             low, high = (yarn_dim(kind, rotations, head_dim) for rotations in (kind.beta_fast, kind.beta_slow))
             if kind.truncate:

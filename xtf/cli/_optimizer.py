@@ -1,4 +1,5 @@
-"""Steps and their optimizer: the flags, and what they make. One more such flag is a change to this file alone."""
+"""Steps and their optimizer: the flags, and what they make. One more such flag is a change to this file alone
+(and a row of the README's table)."""
 from dataclasses import dataclass
 from typing import Literal
 
