@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,30 @@ def test_a_box_read_or_written_is_a_slice(tmp_path_factory, data, shape):
     path = write(tmp_path_factory.mktemp("box"), {"pad": torch.zeros(3, dtype=torch.uint8), "x": x})
     entry = files.directory(path)["x"]
     assert torch.equal(files.read(entry, offset, size), x[box])
+    for out in (torch.empty(size), torch.empty(size[::-1], dtype=torch.int16).permute(*range(len(size))[::-1])):
+        files.read_into(entry, offset, out)                              # converted; in another order of dims
+        assert torch.equal(out, x[box].to(out.dtype))
     with files.writing(entry.file) as fd:
         files.write(fd, entry, offset, -x[box])
     expected = x.clone()
     expected[box] *= -1
     assert torch.equal(load_file(entry.file)["x"], expected)
+
+
+@pytest.mark.parametrize("code", files.DTYPES)
+def test_boxes_of_every_dtype(tmp_path, code):
+    """As the library's slices, where the tensor begins at an odd byte too."""
+    dtype, rows = files.DTYPES[code], 40
+    data = torch.randint(256 if code != "BOOL" else 2, (3 + rows * 6 * dtype.itemsize,), dtype=torch.uint8)
+    craft(tmp_path / "model.safetensors", {"a": field(0, 3, (3,), "U8"), "x": field(3, len(data), (rows, 6), code)},
+          data.numpy().tobytes())
+    entry = files.directory(tmp_path)["x"]
+    with safe_open(entry.file, "pt") as f, ThreadPoolExecutor(4) as pool:
+        boxes = [((i % 30, i % 3), (i % 10, i % 4)) for i in range(60)] + [((7, 0), (9, 6)), ((0, 0), (rows, 6))]
+        for (at, size), got in zip(boxes, pool.map(lambda b: files.read(entry, *b), boxes), strict=True):
+            expected = f.get_slice("x")[at[0]:at[0] + size[0], at[1]:at[1] + size[1]].contiguous()
+            assert got.dtype == expected.dtype and got.shape == size
+            assert (files.as_bytes(got) == files.as_bytes(expected)).all()
 
 
 @pytest.fixture
@@ -272,29 +292,63 @@ def field(begin, end, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
+FIELD = json.dumps(field(0, 8))
+
+
 @pytest.mark.parametrize(("header", "data", "length", "message"), [
-    (b"", b"", None, "corrupt header"),
-    (b"{not json", b"", None, "corrupt header"),
-    (b"\xff\xfe{}", b"", None, "corrupt header"),
-    (b"[]", b"", None, "corrupt header"),
+    (b"", b"", None, "corrupt or truncated header"),
+    (b"{not json", b"", None, "corrupt or truncated header"),
+    (b"\xff\xfe{}", b"", None, "corrupt or truncated header"),
+    (b"[]", b"", None, "corrupt or truncated header .not an object"),
+    (b"[" * 100_000, b"", None, "corrupt or truncated header .*recursion"),
     (b'{"w": 1, "w": 2}', b"", None, "'w' occurs twice"),
-    ({}, b"", 1 << 40, "a header of 1099511627776 bytes"),
+    (f'{{"w": {FIELD}, "w": {FIELD}}}'.encode(), bytes(8), None, "'w' occurs twice"),
+    ({}, b"", 1 << 40, "header too large"),
+    ({}, bytes(8), None, "file not fully covered"),
     ({"w": field(0, 8)}, bytes(4), None, "truncated.*tensor w ends at"),
-    ({"w": field(0, 8)}, bytes(12), None, "longer than its header says"),
-    ({"w": field(0, 8), "v": field(4, 12)}, bytes(12), None, "tensor v overlaps w"),
-    ({"w": field(0, 8), "v": field(12, 20)}, bytes(20), None, "leaves 4 bytes unused"),
-    ({"w": field(0, 12)}, bytes(12), None, "tensor w of F32 .* needs 8 bytes"),
-    ({"w": field(8, 0)}, bytes(8), None, "tensor w .*needs 8 bytes"),
-    ({"w": field(-8, 0)}, bytes(8), None, "tensor w.*not negative"),
-    ({"w": field(0, 8, shape=(2.0,))}, bytes(8), None, "tensor w.*whole numbers"),
+    ({"w": field(0, 8)}, bytes(12), None, "file not fully covered"),
+    ({"w": field(0, 8), "v": field(4, 12)}, bytes(12), None, "invalid offset for tensor `v`"),
+    ({"w": field(0, 8), "v": field(0, 8)}, bytes(8), None, "invalid offset for tensor `[vw]`"),
+    ({"w": field(0, 8), "v": field(12, 20)}, bytes(20), None, "invalid offset for tensor `v`"),
+    ({"w": field(0, 12)}, bytes(12), None, "tensor w: .*needs 8 bytes"),
+    ({"w": field(8, 0)}, bytes(8), None, "tensor w: .*needs 8 bytes"),
+    ({"w": field(-8, 0)}, bytes(8), None, "tensor w: .*not negative"),
+    ({"w": field(0, 8, shape=(-1, -2))}, bytes(8), None, "tensor w: .*not negative"),
+    ({"w": field(0, 8, shape=(2.0,))}, bytes(8), None, "tensor w: .*whole numbers"),
+    ({"w": field(0, 0, shape=(1 << 62,) * 1000)}, b"", None, "tensor w: "),
+    ({"w": field(0, 0, shape=(1 << 62, 1 << 62, 0))}, b"", None, "overflow"),
     ({"w": {"dtype": "F32"}}, b"", None, "tensor w: KeyError"),
-    ({"w": field(0, 8, dtype="F4")}, bytes(8), None, "tensor w has unsupported dtype F4"),
+    ({"w": ["F32", [2], [0, 8]]}, bytes(8), None, "tensor w: TypeError"),
+    ({"w": field(0, 8, dtype="F4")}, bytes(8), None, "tensor w: .*unsupported dtype F4"),
+    ({"w": field(0, 8, shape=(1,), dtype="C64")}, bytes(8), None, "tensor w: .*unsupported dtype C64"),
+    ({"w": field(0, 8, dtype=["F32"])}, bytes(8), None, "tensor w: TypeError"),
+    ({"w": field(0, 8), "__metadata__": {"step": 1}}, bytes(8), None, "expected a string"),
 ])
 def test_corrupt_headers(tmp_path, header, data, length, message):
     craft(tmp_path / "model.safetensors", header, data, length)
     with pytest.raises(ValueError, match=message) as e:
         hf.tensors(tmp_path)
-    assert "model.safetensors" in str(e.value)
+    assert "model.safetensors" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_flipped_bit_of_the_header_is_refused_or_read_as_the_library_does(tmp_path):
+    path = write(tmp_path / "in", {"w": torch.arange(4.0), "v": torch.arange(6).view(2, 3)})
+    file = path / "model.safetensors"
+    whole, read = file.read_bytes(), 0
+    end = 8 + struct.unpack("<Q", whole[:8])[0]
+    for bit in range(0, 8 * end, 3):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            found = {n: (e.file.name, e.dtype, e.shape, files.as_bytes(files.read(e, (0,) * len(e.shape), e.shape)))
+                     for n, e in files.directory(path).items()}
+        except ValueError as e:
+            assert "model.safetensors" in str(e) and "again" in str(e)
+            continue
+        assert {n: (*x, b.tobytes()) for n, (*x, b) in found.items()} == raw(path)
+        read += 1
+    assert read                                                          # names, and dtypes as wide
 
 
 def test_any_truncation_is_found(tmp_path):
@@ -305,6 +359,30 @@ def test_any_truncation_is_found(tmp_path):
         (path / "model.safetensors").write_bytes(whole[:n])
         with pytest.raises(ValueError, match=r"model\.safetensors.*fetch it again"):
             hf.load(path, specs, names)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    path = write(tmp_path / "in", {"w": torch.ones(4096, 4)})
+    entry = files.directory(path)["w"]
+    with open(entry.file, "r+b") as f:
+        f.truncate(40_000)
+    with pytest.raises(ValueError, match=r"model\.safetensors: truncated while it was read"):
+        files.read(entry, (2000, 0), (2096, 4))
+
+
+def test_boxes_of_a_file_larger_than_memory(tmp_path):
+    """Nothing but the box is read or kept: the file could not be mapped as the library does for torch."""
+    rows = int(Path("/proc/meminfo").read_text().split()[1]) + (4 << 20)  # KB of memory, and 4 GB
+    end = 4096 + 1024 * rows
+    craft(tmp_path / "model.safetensors",
+          {"w": field(0, 4096, (32, 32)), "large": field(4096, end, (rows, 1024), "U8")}, bytes(range(256)) * 16)
+    with open(tmp_path / "model.safetensors", "r+b") as f:
+        f.truncate(f.seek(0, 2) + end - 4096)                            # sparse: no byte of it is on disk
+    entries = files.directory(tmp_path)
+    assert not files.read(entries["large"], (rows - 9, 0), (9, 1024)).any()
+    w = torch.frombuffer(bytearray(range(256)) * 16, dtype=torch.float32).view(32, 32)
+    part = files.read(entries["w"], (3, 5), (8, 7))
+    assert files.as_bytes(part).tobytes() == files.as_bytes(w[3:11, 5:12].contiguous()).tobytes()
 
 
 def test_indexes_that_are_wrong(tmp_path):

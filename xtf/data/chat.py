@@ -213,8 +213,8 @@ class Encoder:
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
     def _template(self, chat: Chat) -> Template:
-        gives_offsets = getattr(self.tokenizer, "gives_offsets", self.tokenizer.is_fast)
-        if not getattr(self.tokenizer, "chat_template", None) or not gives_offsets:
+        known = self.tokenizer
+        if not getattr(known, "chat_template", None) or not getattr(known, "gives_offsets", known.is_fast):
             raise ValueError(f"{type(self.tokenizer).__name__} needs a chat template and character offsets (a fast "
                              "tokenizer) to read conversations: take the model's Instruct tokenizer, set "
                              "tokenizer.chat_template, or give text")

@@ -107,14 +107,16 @@ def header(file: str | Path) -> dict[str, Entry]:
     file = Path(file)
     with file.open("rb") as f:
         size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-        text = f.read(min(length, size))
-    # The library, which comes last, takes the last of two tensors of one name, and knows more dtypes. Of what it does
-    # refuse, what is checked here too is there because it names no tensor then.
+        text = f.read(min(length, 100_000_000))                          # the library's limit
+    # The library, which comes last, lets pass that a name occurs twice (the last one counts) and dtypes that are not
+    # ours. All else that is refused before it would be refused by it too, without the tensor's name.
     try:
         fields = json.loads(text, object_pairs_hook=_unique)
-        fields.pop("__metadata__", None)
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        if not isinstance(fields, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: corrupt or truncated header ({e}); fetch it again") from e
+    fields.pop("__metadata__", None)
     out = {name: _entry(file, name, field, 8 + length) for name, field in fields.items()}
     end, last = max(((e.start + e.nbytes, name) for name, e in out.items()), default=(0, ""))
     if end > size:
@@ -122,7 +124,7 @@ def header(file: str | Path) -> dict[str, Entry]:
     try:
         safe_open(file, "numpy")                                         # "pt" maps no file larger than memory
     except SafetensorError as e:
-        raise ValueError(f"{file}: corrupt ({e}); fetch it again") from e
+        raise ValueError(f"{file}: corrupt: {e}; fetch it again") from e
     return out
 
 
@@ -137,19 +139,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(file: Path, name: str, field: Any, data: int) -> Entry:
     try:
         code, shape, (begin, end) = field["dtype"], tuple(field["shape"]), field["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
             raise ValueError("shape and data_offsets must be whole numbers, not negative")
-        dtype = DTYPES.get(code)
+        if code not in DTYPES:
+            raise ValueError(f"unsupported dtype {code} (supported: {', '.join(DTYPES)})")
+        entry = Entry(file, DTYPES[code], shape, data + begin)
+        if end - begin != entry.nbytes:
+            raise ValueError(f"{code} {list(shape)} needs {entry.nbytes} bytes, but its offsets are {begin} to {end}")
+        return entry
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file}: corrupt header: tensor {name}: {type(e).__name__}: {e}; fetch the file again") from e
-    if dtype is None:
-        raise ValueError(f"{file}: tensor {name} has unsupported dtype {code} (supported: {', '.join(DTYPES)}); "
-                         "convert it first")
-    entry = Entry(file, dtype, shape, data + begin)
-    if end - begin != entry.nbytes:
-        raise ValueError(f"{file}: corrupt header: tensor {name} of {code} {list(shape)} needs {entry.nbytes} bytes, "
-                         f"its offsets {begin} to {end} give {end - begin}; fetch the file again")
-    return entry
+        raise ValueError(f"{file}: tensor {name}: {type(e).__name__}: {e}; fetch the file again, or convert it") from e
 
 
 def as_bytes(x: torch.Tensor) -> np.ndarray:
