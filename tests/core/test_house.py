@@ -1,5 +1,6 @@
 """How the house stands: arrows point one way, names mean one thing, the README's map names every file."""
 import ast
+import fnmatch
 import re
 import subprocess
 import sys
@@ -132,3 +133,10 @@ def test_names_mean_the_same_in_any_order_of_imports():
     ("all-to-all", "xtf/parallel/_ulysses.py"), ("ZeRO", "xtf/parallel/_fsdp.py"), ("all-reduce", "xtf/_shard.py")])
 def test_the_fields_words_find_the_place(word, place):
     assert word in (ROOT / place).read_text()
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest passes over folders called dist, build and so on, unless told otherwise; ours has tests/dist."""
+    folders = {part for p in (ROOT / "tests").rglob("test_*.py") for part in p.relative_to(ROOT).parts[:-1]}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert not [name for name in folders for pattern in patterns if fnmatch.fnmatch(name, pattern)]

@@ -12,6 +12,7 @@ import xtf
 from tests import outsider
 from xtf import tree
 from xtf.data.batch import Batch, cut
+from xtf.kernels import product_dtype
 from xtf.parallel import collectives
 from xtf.testing import Layout, pool
 from xtf.testing.laws import shared_mesh
@@ -78,8 +79,10 @@ def test_bytes_are_those_of_the_formula(layout, precision, gathered, reduced):
     specs, W, sp = outsider.specs(), layout.num_ranks, layout.sizes.get("sp", 1)
     P, T, HD = 4 // layout.pack_ranks, 8 // sp, outsider.H * outsider.d
     act = 2 if precision else 8
-    gathers = lambda size: 3 * bucket_bytes(specs["embed"], W,
-                                            size) + 2 * sum(bucket_bytes(p, W, size) for p in specs["layers"])
+    # a processor without bf16 products keeps the float32 copies that it multiplied by: backward gathers nothing again
+    copied = bool(precision) and product_dtype(torch.bfloat16, torch.device("cpu")) != torch.bfloat16
+    gathers = lambda size: ((3 - copied) * bucket_bytes(specs["embed"], W, size)
+                            + (2 - copied) * sum(bucket_bytes(p, W, size) for p in specs["layers"]))
     scatters = lambda size: 2 * bucket_bytes(specs["embed"], W,
                                              size) + sum(bucket_bytes(p, W, size) for p in specs["layers"])
     want = {"all_gather": gathers(gathered), "reduce_scatter": scatters(reduced)}
