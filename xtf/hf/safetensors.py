@@ -185,7 +185,7 @@ def read_into(entry: Entry, offset: Shape, out: torch.Tensor) -> None:
 
     What is contiguous in the file is read, in place where nothing is to convert; any other box is copied from a memory
     map, 3 to 6 times faster than a read for each row of a kilobyte. The library's slices beside both:
-    docs/decisions/0012-safetensors.md.
+    docs/decisions/0013-safetensors.md.
     """
     if not out.numel():
         return
