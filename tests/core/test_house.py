@@ -137,6 +137,7 @@ def test_the_fields_words_find_the_place(word, place):
 
 def test_no_folder_of_tests_is_left_out(pytestconfig):
     """pytest passes over folders called dist, build and so on, unless told otherwise; ours has tests/dist."""
-    folders = {part for p in (ROOT / "tests").rglob("test_*.py") for part in p.relative_to(ROOT).parts[:-1]}
+    files = [*(ROOT / "tests").rglob("test_*.py"), *FILES]                          # doctests too
+    folders = {part for p in files for part in p.relative_to(ROOT).parts[:-1]}
     patterns = pytestconfig.getini("norecursedirs")
     assert not [name for name in folders for pattern in patterns if fnmatch.fnmatch(name, pattern)]

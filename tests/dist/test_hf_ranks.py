@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from tests.dist.reads import counting
 from xtf import hf
 from xtf.hf import directory
 from xtf.hf import safetensors as files
@@ -91,25 +92,6 @@ def tree_of(mesh_shape):
     layout = {f"leaf{i}": Place(mesh, (one,) if len(mesh_shape) == 1 else two)
               for i, (_, _, one, two) in enumerate(LEAVES.values())}
     return specs, names, layout
-
-
-def counting(calls, mp):
-    """Note how many bytes each read returns: reads, and boxes of memory maps."""
-    read, mapped = files._read, files._mapped
-
-    def counted(file, position, view):
-        read(file, position, view)
-        calls.append(len(view))
-
-    class Boxes:
-        def __init__(self, entry):
-            self.whole = mapped(entry)
-
-        def __getitem__(self, box):
-            calls.append(self.whole[box].nbytes)
-            return self.whole[box]
-    mp.setattr(files, "_read", counted)
-    mp.setattr(files, "_mapped", Boxes)
 
 
 def round_trip(source, out, mesh_shape):

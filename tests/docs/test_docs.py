@@ -148,8 +148,8 @@ class Collected:
 def test_the_tests_that_pages_name_are_run_by_make_test(capfd):
     named = {(page, name) for page in PAGES for name in re.findall(r"`(tests/\S+\.py::\w+)`", page.read_text())}
     collected = Collected()
-    pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}",
-                 *sorted({str(ROOT / name.split("::")[0]) for _, name in named})], plugins=[collected])
+    # the whole folder, as `make test` collects it: by their names even tests would be found that it passes over
+    pytest.main(["--collect-only", "-q", f"--rootdir={ROOT}", str(ROOT / "tests")], plugins=[collected])
     assert len(named) > 30 and not [f"{page}: {name}" for page, name in named if name not in collected.items]
 
 

@@ -90,7 +90,6 @@ def layouts(max_ranks: int = 4, axes: Sequence[str] = AXES, labels: Sequence[str
     has: they may live on any axis that divides them, with exact sizes or ample static ones, and the halves of a
     micro-batch may overlap. Shrinks towards one process.
 
-    >>> import warnings; warnings.simplefilter("ignore")
     >>> from hypothesis import find
     >>> find(layouts(6, ["dp"]), lambda layout: layout.num_ranks > 2).mesh
     (('dp', 3),)
