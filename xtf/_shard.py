@@ -15,6 +15,7 @@ from xtf.ops import LOCAL, Ops, leaf_norms, scan_with
 from xtf.parallel import _mesh as M
 from xtf.parallel import collectives as C
 from xtf.parallel.matrices import matrices
+from xtf.parallel.sums import Sums
 from xtf.transform import Env, Transform, computed
 
 
@@ -47,7 +48,8 @@ def shard(step: Callable, *transforms: Transform, mesh: DeviceMesh | None = None
         layout = tree.map_with_path(lambda path, p: place(path, p, transforms, mesh, tokens), specs)
     rules = tuple(t.cast for t in transforms if t.cast)
     env = Env(mesh, tokens, layout, functools.partial(_cast, rules), bool(rules), size=functools.partial(M.size, mesh),
-              rank=functools.partial(M.rank, mesh), group=functools.partial(M.group, mesh))
+              rank=functools.partial(M.rank, mesh), group=functools.partial(M.group, mesh),
+              sums=None if mesh is None else Sums(layout, mesh))
     ops = base_ops(env)
     for t in transforms:
         ops = t.wrap(ops, env)
@@ -113,7 +115,7 @@ def base_ops(env: Env) -> Ops:
         return ops
     mesh = env.mesh
     same_pack_axes = tuple(a for a in env.tokens if a not in PACK_AXES)
-    places = tree.leaves(env.layout)
+    sums = env.sums
 
     def total(x: torch.Tensor) -> torch.Tensor:
         return C.all_sum(x, env.group(*env.tokens).name) if env.tokens else x
@@ -131,25 +133,11 @@ def base_ops(env: Env) -> Ops:
         return C.sum_(share, M.world(mesh)).sqrt()
 
     def collect(grads: list, leaves: list) -> list:
-        if len(grads) != len(places):
-            raise ValueError(f"value_and_grad: {len(grads)} parameters were passed, the layout has {len(places)}; "
-                             "differentiate the whole tree (freeze leaves in the specs instead)")
-        # Gradients are summed over ranks in two places. Here: over the axes along which a leaf is whole and the tokens
-        # differ, by all-reduces. Before, in `Gather.backward` and `collect` of xtf/parallel/_fsdp.py: over the axes
-        # that a leaf is stored over, by reduce-scatters (divided here where ranks of such an axis see the same tokens).
-        jobs: dict[tuple, list[int]] = {}
-        for i, (x, place) in enumerate(zip(leaves, places, strict=True)):
-            if x.requires_grad:
-                if grads[i] is None:
-                    grads[i] = torch.zeros_like(x)
-                if place.copies > 1:
-                    grads[i] = grads[i] / place.copies
-                if place.sums:
-                    jobs.setdefault((place.sums, grads[i].dtype), []).append(i)
-        for (axes, _), members in jobs.items():  # one message for all leaves that are whole over the same axes
-            flat = C.sum_(torch.cat([grads[i].reshape(-1) for i in members]), env.group(*axes))
-            for i, part in zip(members, flat.split([grads[i].numel() for i in members]), strict=True):
-                grads[i] = part.view_as(grads[i])
-        return grads
+        return sums.finish(grads)
 
-    return replace(ops, total=total, same_packs=same_packs, norm=norm, matrices=matrices, collect=collect)
+    # Gradients are summed over ranks in two places. Here, in xtf/parallel/sums.py: over the axes along which a leaf is
+    # whole and the tokens differ, by all-reduces. Before, in `Gather.backward` of xtf/parallel/_fsdp.py: over the axes
+    # that a leaf is stored over, by reduce-scatters (divided by `finish` where ranks of such an axis see the same
+    # tokens).
+    return replace(ops, total=total, same_packs=same_packs, norm=norm, matrices=matrices, watch=sums.watch,
+                   collect=collect)

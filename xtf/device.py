@@ -72,31 +72,48 @@ def has_fused_adamw(where: torch.device) -> bool:
     return where.type in ("cpu", "cuda", "meta")
 
 
-def host_copy(make: Callable[[], torch.Tensor], work: Any, where: torch.device) -> Callable[[], torch.Tensor]:
+def host_copy(make: Callable[[], torch.Tensor], work: Any, keep: Any, where: torch.device) -> Callable[[], torch.Tensor]:
     """Start bringing `make()`, which needs what `work` brings, to the host; the function returned waits for it.
 
     On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without
-    waiting for what was launched since. On CPU (and for tensors that are only planned for, on meta) there is nothing to
-    hide.
+    waiting for what was launched since. `keep` is what the message reads: waiting for a work lets go of it, and on
+    another stream than the one whose allocator owns it that would be too early, so it is held until the copy is here.
+    """
+    def bring() -> torch.Tensor:
+        work.wait()
+        source = make()
+        if source.device.type in ("cpu", "meta"):
+            return source
+        return torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
+
+    arrived = _aside(bring, where)
+
+    def finished() -> torch.Tensor:
+        nonlocal keep
+        copy = arrived()
+        keep = None
+        return copy
+    return finished
+
+
+def _aside(run: Callable[[], torch.Tensor], where: torch.device) -> Callable[[], torch.Tensor]:
+    """Start `run` on a stream of its own; the function returned waits for it, on the host and on the current stream.
+
+    On CPU (and for tensors that are only planned for, on meta) the other stream is as late as one may be: it runs when
+    it is waited for.
     """
     if where.type in ("cpu", "meta"):
-        def wait() -> torch.Tensor:
-            work.wait()
-            return make()
-        return wait
+        return run
     stream = _copy_stream()
     stream.wait_stream(torch.accelerator.current_stream())
     with stream:
-        work.wait()
-        source = make()
-        copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source, non_blocking=True)
-        done = torch.Event(device().type)
+        out, done = run(), torch.Event(where.type)
         done.record(stream)
 
     def finished() -> torch.Tensor:
         done.synchronize()
-        torch.accelerator.current_stream().wait_stream(stream)      # the counts themselves are used on the device, too
-        return copy
+        torch.accelerator.current_stream().wait_stream(stream)      # what was made there is used here, too
+        return out
     return finished
 
 

@@ -1,9 +1,11 @@
 """`value_and_grad` and `microbatch`: differentiation as functions of functions.
 
-The engine is `torch.autograd.grad` over detached leaves. `torch.func.grad` would refuse saved-tensor hooks (so
-checkpointing and fsdp's handles) and autograd Functions without `setup_context`.
+The engine is `torch.autograd.backward` into detached leaves: what autograd, or fsdp's reduce-scatter, has of a leaf's
+gradient is added to its `.grad` at once, so over all micro-batches there is one tree of gradients. `torch.func.grad`
+would refuse saved-tensor hooks (so checkpointing and fsdp's handles) and autograd Functions without `setup_context`.
 """
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +58,8 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
     def run(params: tree.Tree, batch: Any, ops: Ops = LOCAL) -> tuple[Any, tree.Tree]:
         stored, treedef = tree.flatten(params)
         leaves = [local(p).detach().requires_grad_(p.requires_grad) for p in stored]
+        earlier = None if ops.into is None else ops.into.take()
+        # 1. forward
         with torch.enable_grad():
             out = share(tree.unflatten([like(x, p) for x, p in zip(leaves, stored, strict=True)], treedef), batch, ops)
         loss, sums = out if isinstance(out, tuple) else (out, None)
@@ -66,9 +70,25 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
         if not wanted or not loss.requires_grad:
             raise ValueError("value_and_grad: the share depends on no trainable parameter (all leaves frozen, or "
                              "computed under no_grad?)")
-        got = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-        grads = ops.collect([next(got) if x.requires_grad else None for x in leaves], leaves)
-        taken = Taken()
+        # 2. backward: gradients are added to those of the micro-batches before
+        if earlier is not None:
+            for x, g in zip(leaves, earlier, strict=True):
+                x.grad = g
+        last = ops.into is None or ops.into.last
+        if last:
+            ops.watch(leaves)
+        torch.autograd.backward(loss, inputs=wanted)
+        total = ops.total(loss.detach())
+        value = total if sums is None else (total, tree.tree_map(lambda s: ops.total(s.detach()), sums))
+        grads: list[Any] = [x.grad for x in leaves]
+        del out, loss, sums
+        # 3. gradients have memory of their own before the next micro-batch's are added to it
+        if not last:
+            _forget(leaves)
+            ops.into.give(grads if earlier is not None else _own(grads))
+            return value, None
+        grads = ops.collect(grads, leaves)
+        _forget(leaves)
         for i, (g, x) in enumerate(zip(grads, leaves, strict=True)):
             if g is None:
                 grads[i] = torch.zeros_like(x) if x.requires_grad else None
@@ -76,19 +96,52 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
                 path = tree.flatten_with_path(params)[i][0]
                 raise RuntimeError(f"value_and_grad: the gradient of {path} is {g.dtype} {tuple(g.shape)}, its "
                                    f"parameter {x.dtype} {tuple(x.shape)}")
-            else:
-                grads[i] = taken.own(g)
-        total = ops.total(loss.detach())
-        result = total if sums is None else (total, tree.tree_map(lambda s: ops.total(s.detach()), sums))
-        return result, tree.unflatten([None if g is None else like(g, p) for g, p in zip(grads, stored, strict=True)],
-                                      treedef)
+        _own(grads)
+        return value, tree.unflatten([None if g is None else like(g, p) for g, p in zip(grads, stored, strict=True)],
+                                     treedef)
     return run
+
+
+def _forget(leaves: list) -> None:
+    for x in leaves:
+        x.grad = None
+
+
+def _own(grads: list) -> list:
+    """Put each gradient into memory of its own, in this list, one after the other."""
+    taken = Taken()
+    for i, g in enumerate(grads):
+        if g is not None:
+            grads[i] = taken.own(g)
+    return grads
+
+
+@dataclass
+class Adding:
+    """What `microbatch` tells `value_and_grad` through `Ops.into`: whether this micro-batch is the `last`, and the
+    gradients so far, kept here meanwhile. A function that calls `value_and_grad` more than once has a tree of them for
+    each call."""
+    last: bool = False
+    call: int = 0
+    grads: dict[int, list] = field(default_factory=dict)
+
+    def take(self) -> list | None:
+        """The gradients of the micro-batches before, for this call of `value_and_grad`."""
+        self.call += 1
+        return self.grads.pop(self.call, None)
+
+    def give(self, grads: list) -> None:
+        self.grads[self.call] = grads
 
 
 def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[..., tuple[Any, tree.Tree]]:
     """Run `vg` (a `value_and_grad`) over `k` equal parts of the batch along dim 0, and add losses, sums and gradients.
 
-    Because a loss is a sum of shares, the result is that of the whole batch, at a k-th of its activations.
+    Because a loss is a sum of shares, the result is that of the whole batch, at a k-th of its activations. There is one
+    tree of gradients at any k, which each micro-batch adds to, and what is summed over ranks by all-reduces is summed
+    once: until the last micro-batch `value_and_grad` returns None in place of gradients. A `vg` of your own around it,
+    which does something with them, asks `ops.into is None or ops.into.last`; one that returns trees each time (it gave
+    `value_and_grad` other `ops`) has them added.
 
     Raises ValueError if `k` does not divide the batch.
 
@@ -105,11 +158,13 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
             if x.shape[0] % k:
                 raise ValueError(f"microbatch: {k} parts do not divide the {x.shape[0]} rows of `{path}`; change the "
                                  "batch or k")
-        value, grads = vg(params, _part(batch, 0, k), ops)
-        for i in range(1, k):
-            more, g = vg(params, _part(batch, i, k), ops)
-            value = tree.tree_map(torch.add, value, more)
-            grads = tree.tree_map(_add_, grads, g)
+        adding, value, grads = Adding(), None, None
+        for i in range(k):
+            adding.last, adding.call = i == k - 1, 0
+            more, g = vg(params, _part(batch, i, k), replace(ops, into=adding))
+            value = more if i == 0 else tree.tree_map(torch.add, value, more)
+            if g is not None:
+                grads = g if grads is None else tree.tree_map(_add_, grads, g)
         return value, grads
     return run
 

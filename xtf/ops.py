@@ -143,7 +143,13 @@ class Ops:
     total(x): the sum over all ranks that hold other tokens; its adjoint is the same sum.
     same_packs(x): the sum over ranks that hold other positions of the same packs, without gradient.
     norm(tree): the 2-norm over all stored elements, each counted once.
-    collect(grads, leaves): finish a backward pass (`value_and_grad` alone calls it).
+    watch(leaves): the last backward pass of a step is about to begin; what is final may travel. `value_and_grad` alone
+        calls it and `collect`.
+    collect(grads, leaves): the step's gradients, summed over ranks, of these on this rank; called once a step, after the
+        last micro-batch. A transform that wraps it changes what the inner one returns: what it is given may be under
+        way.
+    into: None, or what `microbatch` tells `value_and_grad` (`xtf.grad.Adding`): where gradients are added up, and
+        whether more micro-batches are to come.
     sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it;
         nothing waits for it.
     donate: whether the optimizer may overwrite the old state.
@@ -164,9 +170,11 @@ class Ops:
     same_packs: Callable[[Tensor], Tensor]
     norm: Callable[[tree.Tree], Tensor]
     matrices: Matrices
+    watch: Callable[[list], None]
     collect: Callable[[list, list], list]
     sound: Callable[[Tensor | None], Tensor | None]
     donate: bool = False
+    into: Any = None
 
 
 def linear(x: torch.Tensor, node: dict, axes: tuple[str, str]) -> torch.Tensor:
@@ -316,6 +324,7 @@ LOCAL = Ops(
     same_packs=lambda x: x.detach(),
     norm=local_norm,
     matrices=local_matrices,
+    watch=lambda leaves: None,
     collect=lambda grads, leaves: grads,
     sound=_same,
 )

@@ -15,7 +15,8 @@ from xtf.ops import Ops
 @dataclass(frozen=True)
 class Env:
     """What a transform's `wrap` may know: the mesh, the token axes, the layout, the dtype that a leaf computes in, and
-    whether that is another than it is stored in for any."""
+    whether that is another than it is stored in for any; `group(*axes)` is a process group, `sums` (`xtf.parallel.sums`)
+    is told when a gradient is final."""
     mesh: DeviceMesh | None
     tokens: tuple[str, ...]
     layout: Any
@@ -24,6 +25,7 @@ class Env:
     size: Callable[[str], int]
     rank: Callable[[str], int]
     group: Callable[..., Any]
+    sums: Any = None
 
 
 class Stage(IntEnum):

@@ -312,7 +312,7 @@ def test_one_process_casts_a_block_at_a_time():
     for more, alive in (((fsdp("dp"),), 1), ((fsdp("dp"), remat()), 1), ((fsdp("dp", reshard=False),), outsider.L + 2)):
         run = xtf.shard(outsider.step, bf16(), *more, specs=specs)
         other, again = run(fresh(specs), batch())
-        assert run.ops.collect.stats["most_alive"] == alive and run.ops.collect.stats["alive"] == 0
+        assert run.ops.use.stats["most_alive"] == alive and run.ops.use.stats["alive"] == 0
         assert torch.equal(metrics["loss"], again["loss"])
         for a, b in zip(tree.leaves(state.params), tree.leaves(other.params), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)

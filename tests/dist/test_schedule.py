@@ -3,6 +3,7 @@ done twice."""
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -29,22 +30,22 @@ def batch(num_packs=4, T=8):
     return Batch(ids, ids.roll(-1, 1), torch.ones(num_packs, T), positions, segments)
 
 
-def run(layout, precision=()):
+def run(layout, precision=(), k=1):
     """One step on this rank: (collectives sent, bucket statistics, FLOPs)."""
     mesh = shared_mesh(layout.mesh)
-    step = xtf.shard(outsider.step, *precision, *layout.transforms(), mesh=mesh,
+    step = xtf.shard(partial(outsider.step, k=k), *precision, *layout.transforms(), mesh=mesh,
                      specs=outsider.specs(torch.float32 if precision else torch.float64))
     params = xtf.init(step.specs, 0, step.layout)
     state = xtf.TrainState.create(params, outsider.opt.init(params))
-    part = cut(batch(), mesh)
+    part = cut(batch(math.lcm(4, layout.pack_ranks) * k), mesh)
     counter = FlopCounterMode(display=False)
     with collectives.record() as sent, counter:
         step(state, part)
-    return sent, getattr(step.ops.collect, "stats", {}), counter.get_total_flops()
+    return sent, getattr(step.ops.use, "stats", {}), counter.get_total_flops()
 
 
-def results(layout, precision=()):
-    return pool(layout.num_ranks).run(run, layout, precision)
+def results(layout, precision=(), k=1):
+    return pool(layout.num_ranks, late=True).run(run, layout, precision, k)
 
 
 @pytest.mark.parametrize("layout, gathers", [
@@ -95,6 +96,52 @@ def test_bytes_are_those_of_the_formula(layout, precision, gathered, reduced):
         scalars = got.pop("all_reduce")                                  # token total, loss, norm: a few bytes
         assert scalars <= 3 * 2 * 8
         assert got == want
+
+
+@pytest.mark.parametrize("layout", [Layout((("dp", 3),), ("dp",)), Layout((("dp", 2), ("sp", 2)), ("dp", "sp")),
+                                    Layout((("replicate", 2), ("dp", 2)), ("dp",), remat=())])
+@pytest.mark.parametrize("precision", [(), (bf16(),)])
+def test_a_bucket_is_a_message_and_each_use_has_a_group_of_its_own(layout, precision):
+    """One message for the leaves of a bucket that are of one dtype; what a block sends never queues behind weights."""
+    dtypes = 1 + bool(precision)                                         # biases stay in float32 under bf16
+    for sent, stats, _ in results(layout, precision):
+        count, groups = Counter(s.kind for s in sent), {}
+        for s in sent:
+            groups.setdefault(s.kind, set()).add(s.group)
+        embedding = 2                                                    # it has no bias
+        assert count["reduce_scatter"] == BLOCKS + USES                  # all in float32 or float64
+        assert count["all_gather"] <= dtypes * (stats["gathers"] - embedding) + embedding
+        assert len(groups["all_gather"]) == len(groups["reduce_scatter"]) == 1
+        assert not groups["all_gather"] & (groups["reduce_scatter"] | groups.get("all_to_all", set()))
+        assert not groups["reduce_scatter"] & groups.get("all_to_all", set())
+
+
+@pytest.mark.parametrize("layout", [Layout((("dp", 3),), ("dp",)), Layout((("replicate", 2), ("dp", 2)), ("dp",)),
+                                    Layout((("replicate", 3), ("dp", 2)), ("dp",), remat=("attn_out",)),
+                                    Layout((("dp", 2), ("sp", 2)), ("sp",))])
+def test_all_ranks_send_the_same_messages_in_the_same_order(layout):
+    first, *others = [[(s.kind, s.ranks) for s in sent] for sent, *_ in results(layout, k=2)]
+    assert others and all(other == first for other in others)
+
+
+@pytest.mark.parametrize("layout", [Layout((("replicate", 4),)), Layout((("replicate", 2), ("dp", 2)), ("dp",)),
+                                    Layout((("replicate", 3),))])
+def test_micro_batches_add_nothing_to_what_is_summed_over_replicas(layout):
+    """Bytes over the replicas are those of one tree of gradients, at any number of micro-batches (law 4 says that the
+    sums are right)."""
+    W = layout.sizes["replicate"]
+    sizes = []
+    for k in (1, 2, 8):
+        for sent, *_ in results(layout, k=k):
+            large = [s for s in sent if s.kind == "all_reduce" and s.bytes > 64]
+            sizes.append(sum(s.bytes for s in large))
+            assert len(large) == 1                                       # a bucket of a toy holds it all
+    whole = sum(math.prod(p.shape) for p in tree.leaves(outsider.specs())) * 8
+    assert len(set(sizes)) == 1
+    if not layout.store:
+        assert sizes[0] == 2 * (W - 1) * whole // W
+    else:
+        assert whole / 2 <= sizes[0] * W / (2 * (W - 1)) < whole / 2 * 1.2           # rows of uneven leaves are padded
 
 
 @pytest.mark.parametrize("layout", [Layout((("dp", 2),), ("dp",)), Layout((("sp", 2),), ("sp",)),

@@ -281,7 +281,7 @@ def _logprobs_op(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @_logprobs_op.register_fake
 def _(x, weight, labels):
-    return x.new_empty(len(x), dtype=at_least_float32(torch.promote_types(x.dtype, weight.dtype)))
+    return x.new_empty(x.shape[0], dtype=at_least_float32(torch.promote_types(x.dtype, weight.dtype)))
 
 
 def _logprobs_gradients(ctx, g):

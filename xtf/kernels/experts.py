@@ -175,8 +175,9 @@ def _collect(y: Tensor, src: Tensor, where: Tensor) -> Tensor:
     return F.embedding_bag(where[there], y, F.pad(there.sum(1), (1, 0)).cumsum(0)[:-1], mode="sum")
 
 
-_spread.register_fake(lambda x, src, where: x.new_empty(len(src), x.shape[1]))
-_collect.register_fake(lambda y, src, where: y.new_empty(len(where), y.shape[1]))
+# `shape[0]` in what torch.compile traces, never `len`: that makes a number of a symbolic size, and each length a graph
+_spread.register_fake(lambda x, src, where: x.new_empty(src.shape[0], x.shape[1]))
+_collect.register_fake(lambda y, src, where: y.new_empty(where.shape[0], y.shape[1]))
 
 
 def _keep_index(ctx, inputs, output):
@@ -311,11 +312,11 @@ def _grouped_backward(g: Tensor, x: Tensor | None, weight: Tensor, offsets: Tens
 
 def _empty_gradients(g, x, weight, offsets, needs_x, needs_bias):
     E, num_out, D = weight.shape
-    return (g.new_empty((len(g), D) if needs_x else 0), weight.new_empty(0 if x is None else weight.shape),
+    return (g.new_empty((g.shape[0], D) if needs_x else 0), weight.new_empty(0 if x is None else weight.shape),
             g.new_empty((E, num_out) if needs_bias else 0, dtype=at_least_float32(g.dtype)))
 
 
-_grouped.register_fake(lambda x, weight, bias, offsets: x.new_empty(len(x), weight.shape[1]))
+_grouped.register_fake(lambda x, weight, bias, offsets: x.new_empty(x.shape[0], weight.shape[1]))
 _grouped_backward.register_fake(_empty_gradients)
 
 

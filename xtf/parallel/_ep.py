@@ -282,12 +282,12 @@ def _wrap(ops: Ops, env: Env, axis: str, strategy: Strategy, bounds: Bounds) -> 
         # 3. tell each rank how many rows come, and how many pairs they make for each of its experts
         mine_R = there_TR.sum(0)
         said = [mine_R[:, None], pairs_E.view(R, e), *([] if strategy.rows is None else [wanted_R[:, None]])]
-        theirs_RX, work, _ = C.all_to_all_start(torch.cat(said, 1), [1] * R, [1] * R, group)
+        theirs_RX, work, sent = C.all_to_all_start(torch.cat(said, 1), [1] * R, [1] * R, group)
         # 4. exact sizes go to the host, which waits for them in `dispatch`; static ones are known
         if strategy.rows is not None:
             work.wait()
             return Announced(experts_TK, there_TR, mine_R, theirs_RX, lambda: theirs_RX, dropped, e)
-        copy = device.host_copy(lambda: torch.cat([mine_R[:, None], theirs_RX], 1), work, experts_TK.device)
+        copy = device.host_copy(lambda: torch.cat([mine_R[:, None], theirs_RX], 1), work, sent, experts_TK.device)
         return Announced(experts_TK, there_TR, mine_R, theirs_RX, copy, dropped, e)
 
     def dispatch(x_TD: torch.Tensor, weights_TK: torch.Tensor, announced: Announced) -> Flight:

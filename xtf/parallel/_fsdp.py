@@ -53,7 +53,7 @@ def fsdp(*axes: str, reshard: bool = True, reduce_dtype: torch.dtype | None = to
 class Slot(NamedTuple):
     """One leaf in its bucket: where, and how to get the leaf back. `front` is its shape with the storage dim in front.
 
-    `group` is None for a leaf that is whole here and only cast.
+    `mesh` has the axes it is stored over in front (see `Place`); None for a leaf that is whole here and only cast.
     """
     part: torch.Tensor
     dtype: torch.dtype
@@ -62,7 +62,7 @@ class Slot(NamedTuple):
     front: tuple[int, ...]
     rows: int                                            # rows a rank, ceil(n / W): parts are padded to it
     ranks: int
-    group: C.Group | None
+    mesh: Any
 
     @property
     def padded(self) -> int:
@@ -71,6 +71,11 @@ class Slot(NamedTuple):
     def whole(self, flat: torch.Tensor) -> torch.Tensor:
         """The leaf as a view of the bucket."""
         return flat[self.at:self.at + math.prod(self.front)].view(self.front).movedim(0, self.dim)
+
+    def mine(self, out: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the leaf's gradient, of what a reduce-scatter brought (rows padded)."""
+        n = self.part.shape[self.dim]
+        return out[:n * math.prod(self.front[1:])].view(n, *self.front[1:]).movedim(0, self.dim)
 
 
 class Bucket:
@@ -83,16 +88,16 @@ class Bucket:
         for leaf in leaves:
             part = local(leaf)
             dtype = env.cast(part)
-            dim, group = (leaf.placements[0].dim, M.group_of(leaf.device_mesh)) if _in_parts(leaf) else (0, None)  # pyright: ignore
+            dim, mesh = (leaf.placements[0].dim, leaf.device_mesh) if _in_parts(leaf) else (0, None)  # pyright: ignore
             shape = list(part.shape)
-            shape[dim] = leaf.shape[dim] if group else shape[dim]
+            shape[dim] = leaf.shape[dim] if mesh else shape[dim]
             front = (shape[dim], *shape[:dim], *shape[dim + 1:])
-            ranks = group.size if group else 1
-            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), ranks, group)
+            ranks = mesh.size(0) if mesh else 1
+            slot = Slot(part, dtype, self.sizes.get(dtype, 0), dim, front, -(-shape[dim] // ranks), ranks, mesh)
             self.sizes[dtype] = slot.at + ranks * slot.padded
             self.slots.append(slot)
         self.flat: dict[torch.dtype, torch.Tensor] = {}
-        self.works: list[tuple[Any, torch.Tensor]] = []
+        self.works: list[tuple[Any, list[torch.Tensor]]] = []
         self.next: Bucket | None = None
         self.prev: Bucket | None = None
         self.inside = False  # forward gave the block's inputs a border that backward has not passed
@@ -103,15 +108,20 @@ class Bucket:
             return
         with _disable_current_modes():  # the schedule is no part of what selective checkpoint replays or counts
             self.flat = {d: self.slots[0].part.new_empty(n, dtype=d) for d, n in self.sizes.items()}
+            messages: dict[Any, tuple[list, list]] = {}
             for s in self.slots:
                 whole = self.flat[s.dtype][s.at:s.at + s.ranks * s.padded]
-                if s.group is None:
+                if s.mesh is None:
                     whole.view(s.front).copy_(s.part.detach())
                     continue
                 part = s.part.detach().to(s.dtype).movedim(s.dim, 0).reshape(-1)
                 if part.numel() < s.padded:
                     part = F.pad(part, (0, s.padded - part.numel()))
-                self.works.append((C.gather_start(whole, part, s.group), part))
+                outs, parts = messages.setdefault((s.mesh, s.dtype), ([], []))
+                outs.append(whole)
+                parts.append(part)
+            for (mesh, _), (outs, parts) in messages.items():
+                self.works.append((C.gather_start(outs, parts, M.group_of(mesh, "weights")), parts))
         self.stats["gathers"] += 1
         self.stats["alive"] += 1
         self.stats["most_alive"] = max(self.stats["most_alive"], self.stats["alive"])
@@ -120,7 +130,7 @@ class Bucket:
         """The gathered buffers, once `ahead` has been started behind them."""
         self.start()
         self.wait()
-        if ahead is not None and any(s.group for s in ahead.slots):  # a mere cast has nothing to wait for
+        if ahead is not None and any(s.mesh for s in ahead.slots):  # a mere cast has nothing to wait for
             ahead.start()
         return self.flat
 
@@ -153,22 +163,23 @@ class Bucket:
 
 
 class Pending(NamedTuple):
-    """A gradient on its way: its leaf, its part of the sum (once `work` is done), what must stay alive till then."""
-    leaf: torch.Tensor
-    grad: torch.Tensor
-    work: Any
-    keep: torch.Tensor | None
+    """Gradients on their way in one message: their leaves, their parts of the sums (once `work` is done), and what the
+    message reads."""
+    leaves: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    work: Any = None
+    reads: list[torch.Tensor] | None = None
 
 
 class Gather(torch.autograd.Function):
     """Parts → whole leaves. One output a leaf (slices of one flat output cost ten times as much in backward).
 
-    Backward deposits (leaf, part, work) and returns None: autograd would add a tied leaf's two gradients before they
-    are there.
+    Backward starts the reduce-scatter and returns None; `settle` adds the parts to their leaves' `.grad`, where autograd
+    adds those of leaves that are whole: it would itself add a tied leaf's two gradients before they are there.
     """
     @staticmethod
-    def forward(ctx, bucket, ahead, pending, reduce_dtype, *parts):
-        ctx.bucket, ctx.pending, ctx.reduce_dtype = bucket, pending, reduce_dtype
+    def forward(ctx, bucket, ahead, schedule, *parts):
+        ctx.bucket, ctx.schedule = bucket, schedule
         ctx.set_materialize_grads(False)
         flat = bucket.need(ahead)
         out = tuple(s.whole(flat[s.dtype]) for s in bucket.slots)
@@ -179,32 +190,55 @@ class Gather(torch.autograd.Function):
     def backward(ctx, *grads):
         if not ctx.bucket.inside:
             ctx.bucket.drop()
-        settle(ctx.pending)  # those of the block before, which flew under this one's compute
+        # 1. those of the block before flew under this one's compute; the last are settled when backward ends
+        schedule = ctx.schedule
+        if not schedule.pending:
+            torch.autograd.Variable._execution_engine.queue_callback(schedule.settle)  # pyright: ignore
+        schedule.settle()
+        # 2. one message for all gradients that are reduced over the same ranks in the same dtype
+        cast, messages = Pending([], []), {}
         for g, s in zip(grads, ctx.bucket.slots, strict=True):
             if g is None or not s.part.requires_grad:
                 continue
-            if s.group is None:
-                ctx.pending.append(Pending(s.part, g.to(s.part.dtype), None, None))
+            if s.mesh is None:
+                cast.leaves.append(s.part)
+                cast.grads.append(g.to(s.part.dtype))
                 continue
-            dtype = g.dtype if ctx.reduce_dtype is None else torch.promote_types(g.dtype, ctx.reduce_dtype)
+            dtype = g.dtype if schedule.reduce_dtype is None else torch.promote_types(g.dtype, schedule.reduce_dtype)
             whole = g.movedim(s.dim, 0).to(dtype).reshape(-1)
             if whole.numel() < s.ranks * s.padded:
                 whole = F.pad(whole, (0, s.ranks * s.padded - whole.numel()))
-            whole = whole.contiguous()
-            out = whole.new_empty(s.padded)
-            work = C.scatter_start(out, whole, s.group)
-            n = s.part.shape[s.dim]
-            part = out[:n * math.prod(s.front[1:])].view(n, *s.front[1:]).movedim(0, s.dim)
-            ctx.pending.append(Pending(s.part, part, work, whole))
-        return (None,) * (4 + len(grads))
+            messages.setdefault((s.mesh, dtype), []).append((s, whole.contiguous()))
+        if cast.leaves:
+            schedule.pending.append(cast)
+        for (mesh, _), sent in messages.items():
+            outs, wholes = [whole.new_empty(s.padded) for s, whole in sent], [whole for _, whole in sent]
+            work = C.scatter_start(outs, wholes, M.group_of(mesh, "gradients"))
+            schedule.pending.append(Pending([s.part for s, _ in sent],
+                                            [s.mine(out) for (s, _), out in zip(sent, outs, strict=True)], work, wholes))
+        return (None,) * (3 + len(grads))
 
 
-def settle(pending: list[Pending]) -> None:
-    """Wait for what is under way and let go of the messages: whole gradients are alive for two blocks at most."""
-    for i, p in enumerate(pending):
-        if p.work is not None:
-            p.work.wait()
-            pending[i] = Pending(p.leaf, p.grad, None, None)
+class Schedule:
+    """What is under way in a backward pass, and how often buckets were gathered."""
+
+    def __init__(self, reduce_dtype: torch.dtype | None, sums: Any):
+        self.reduce_dtype, self.sums = reduce_dtype, sums
+        self.pending: list[Pending] = []
+        self.stats = {"gathers": 0, "alive": 0, "most_alive": 0}
+
+    def settle(self) -> None:
+        """Wait for what is under way, add it to the leaves' gradients, and let go of the messages: whole gradients are
+        alive for two blocks at most."""
+        pending, self.pending = self.pending, []
+        for leaves, grads, work, _ in pending:
+            if work is not None:
+                work.wait()
+            for leaf, g in zip(leaves, grads, strict=True):
+                g = g.to(leaf.dtype).contiguous()
+                leaf.grad = g if leaf.grad is None else leaf.grad + g
+                if self.sums is not None:
+                    self.sums.added(leaf)
 
 
 class Border(torch.autograd.Function):
@@ -246,15 +280,20 @@ class Prepared(NamedTuple):
 
 
 def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -> Ops:
-    pending: list[Pending] = []
-    stats = {"gathers": 0, "alive": 0, "most_alive": 0}
+    schedule = Schedule(reduce_dtype, env.sums)
     for p in () if env.layout is None else tree.leaves(env.layout):
-        M.group_of(p.mesh)  # making groups is a collective: here, in one order, and not inside a step
+        for use in ("weights", "gradients"):  # making groups is a collective: here, in one order, and not inside a step
+            if p.store:
+                M.group_of(p.mesh, use)
 
     def prepare(params: tree.Tree) -> Prepared:
         leaves, treedef = tree.flatten(params)
         stored = [i for i, p in enumerate(leaves) if _in_parts(p) or env.cast(local(p)) != p.dtype]
-        return Prepared(leaves, treedef, stored, Bucket([leaves[i] for i in stored], env, stats) if stored else None)
+        if env.sums is not None and torch.is_grad_enabled():
+            for i in stored:
+                env.sums.used(local(leaves[i]))
+        bucket = Bucket([leaves[i] for i in stored], env, schedule.stats) if stored else None
+        return Prepared(leaves, treedef, stored, bucket)
 
     def whole(prepared: Prepared, ahead: Bucket | None) -> tree.Tree:
         """The parameters unsharded: those of the bucket as views of it, the others unwrapped and cast."""
@@ -262,7 +301,7 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
         out = list(leaves)
         if bucket is not None:
             parts = [s.part for s in bucket.slots]
-            gathered: Any = Gather.apply(bucket, ahead, pending, reduce_dtype, *parts)
+            gathered: Any = Gather.apply(bucket, ahead, schedule, *parts)
             for i, x in zip(stored, gathered, strict=True):
                 out[i] = x
         for i in set(range(len(out))) - set(stored):
@@ -327,20 +366,5 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
             ys.append(y)
         return x, ys
 
-    def collect(grads: list, leaves: list) -> list:
-        # Gradients are summed over ranks in two places. Here: over the axes that a leaf is stored over, by the
-        # reduce-scatters that `Gather.backward` started. In `base_ops` of xtf/_shard.py, called last: over the other
-        # axes whose ranks see other tokens, by all-reduces.
-        index = {id(x): i for i, x in enumerate(leaves)}
-        for p in pending:
-            if p.work is not None:
-                p.work.wait()
-            i = index.get(id(p.leaf))                    # None: left over from a step that raised
-            if i is not None:
-                part = p.grad.to(p.leaf.dtype)
-                grads[i] = part if grads[i] is None else grads[i] + part
-        pending.clear()
-        return ops.collect(grads, leaves)
-
-    collect.stats = stats                                # for the tests of the schedule
-    return replace(ops, use=use, scan=scan, collect=collect)
+    use.stats = schedule.stats                           # for the tests of the schedule
+    return replace(ops, use=use, scan=scan)

@@ -36,8 +36,8 @@ def mesh(**sizes: int) -> DeviceMesh | None:
     if need != dist.get_world_size():
         raise ValueError(f"mesh: {_text(sizes)} needs {need} ranks, but {dist.get_world_size()} were started; "
                          "make the sizes multiply to the number of ranks")
-    # xtf.testing's pool is gloo wherever it runs
-    kind = "cpu" if dist.get_backend() == "gloo" else device.device().type
+    # xtf.testing's pools are on the CPU wherever they run
+    kind = "cpu" if dist.get_backend() in ("gloo", "late") else device.device().type
     return init_device_mesh(kind, tuple(sizes.values()) or (1,), mesh_dim_names=tuple(sizes) or ("dp",))
 
 
@@ -78,23 +78,29 @@ def flattened(m: DeviceMesh, store: tuple[str, ...]) -> DeviceMesh:
     return cache[store]
 
 
-def group(m: DeviceMesh | None, *over: str) -> Group:
-    """The process groups of the axes `over` taken as one (made on first use, on every rank in the same order)."""
+# NCCL runs one group's collectives one after the other: each use has a group, and a stream, of its own, so that no
+# reduction waits behind the next block's weights. "tokens" is everything that a block sends, and totals.
+USES = "tokens", "weights", "gradients"
+
+
+def group(m: DeviceMesh | None, *over: str, use: str = "tokens") -> Group:
+    """The process group of the axes `over` taken as one (made on first use, on every rank in the same order)."""
     assert m is not None, "one process has no process groups"
-    return group_of(flattened(m, tuple(a for a in over if a in axes(m))))
+    return group_of(flattened(m, tuple(a for a in over if a in axes(m))), use)
 
 
-def group_of(flat: DeviceMesh) -> Group:
-    """The process groups of the first axis of a mesh that `flattened` made: a DTensor leaf carries its own."""
-    if flat not in _groups:
-        pg = reduce = flat.get_group(0)
-        if flat.device_type != "cpu":  # NCCL runs one group's collectives in order: a second group, its own stream
+def group_of(flat: DeviceMesh, use: str = "tokens") -> Group:
+    """The process group of the first axis of a mesh that `flattened` made: a DTensor leaf carries its own."""
+    made = _groups.setdefault(flat, {})
+    if use not in made:
+        pg = flat.get_group(0)
+        if use != USES[0]:
             lines = flat.mesh.reshape(flat.size(0), -1).T.tolist()
-            made = [dist.new_group(ranks) for ranks in lines]
-            reduce = next(g for g, ranks in zip(made, lines, strict=True) if dist.get_rank() in ranks)
-            assert isinstance(reduce, dist.ProcessGroup)
-        _groups[flat] = Group(flat.size(0), flat.get_local_rank(0), pg, reduce)
-    return _groups[flat]
+            new = [dist.new_group(ranks) for ranks in lines]
+            pg = next(g for g, ranks in zip(new, lines, strict=True) if dist.get_rank() in ranks)
+            assert isinstance(pg, dist.ProcessGroup)
+        made[use] = Group(flat.size(0), flat.get_local_rank(0), pg)
+    return made[use]
 
 
 def forget() -> None:
@@ -104,8 +110,8 @@ def forget() -> None:
 
 
 def world(m: DeviceMesh | None) -> Group:
-    """All ranks of the mesh as one group."""
-    return group(m, *axes(m))
+    """All ranks of the mesh as one group, for reductions."""
+    return group(m, *axes(m), use="gradients")
 
 
 # Keyed weakly by the process group of all ranks, with which they end; meshes of the same ranks share one.

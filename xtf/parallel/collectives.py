@@ -56,11 +56,6 @@ def record() -> Iterator[list[Sent]]:
         _records.remove(sent)
 
 
-# torch 2.13 renamed both; 2.11 has the old names alone.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 def _note(kind: str, group: dist.ProcessGroup, nbytes: int) -> None:
     _started[0], _started[1] = _started[0] + 1, f"{kind} over {group.size()} ranks, {nbytes:,} bytes from here"
     for sent in _records:
@@ -72,27 +67,32 @@ def _nbytes(x: torch.Tensor) -> int:
 
 
 class Group(NamedTuple):
-    """The process groups of some mesh axes as one: `name` for blocks, `reduce` to keep reductions from gathers."""
+    """The process group of some mesh axes as one, for one use (`xtf.parallel._mesh.USES`)."""
     size: int
     rank: int
     pg: dist.ProcessGroup
-    reduce: dist.ProcessGroup
 
     @property
     def name(self) -> str:
         return self.pg.group_name
 
 
-def gather_start(out: torch.Tensor, part: torch.Tensor, group: Group) -> Any:
-    """Start an all-gather of `part` into `out` (flat, W times as long); returns the work to wait for."""
-    _note("all_gather", group.pg, (group.size - 1) * _nbytes(part))
-    return _all_gather(out, part, group=group.pg, async_op=True)
+def gather_start(outs: list[torch.Tensor], parts: list[torch.Tensor], group: Group) -> Any:
+    """Start all-gathers of `parts` into `outs` (each flat, W times as long) as one message; the work to wait for."""
+    _note("all_gather", group.pg, (group.size - 1) * sum(map(_nbytes, parts)))
+    return group.pg.allgather_into_tensor_coalesced(outs, parts)
 
 
-def scatter_start(out: torch.Tensor, whole: torch.Tensor, group: Group) -> Any:
-    """Start a reduce-scatter (sum) of `whole` into `out`; returns the work to wait for."""
-    _note("reduce_scatter", group.reduce, (group.size - 1) * _nbytes(out))
-    return _reduce_scatter(out, whole, group=group.reduce, async_op=True)
+def scatter_start(outs: list[torch.Tensor], wholes: list[torch.Tensor], group: Group) -> Any:
+    """Start reduce-scatters (sums) of `wholes` into `outs` as one message; the work to wait for."""
+    _note("reduce_scatter", group.pg, (group.size - 1) * sum(map(_nbytes, outs)))
+    return group.pg.reduce_scatter_tensor_coalesced(outs, wholes)
+
+
+def sum_start(x: torch.Tensor, group: Group) -> Any:
+    """Start an all-reduce in place, without gradient; the work to wait for."""
+    _note("all_reduce", group.pg, 2 * (group.size - 1) * _nbytes(x) // group.size)
+    return dist.all_reduce(x, group=group.pg, async_op=True)
 
 
 def sum_(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -72,7 +72,8 @@ def _sharing(leaf: torch.Tensor) -> tuple[int, ...]:
 
 
 def _shared(fn: Callable, leaves: list, mesh: Any, axes: tuple[int, ...]) -> list[torch.Tensor]:
-    group = M.group_of(mesh) if axes == (0,) else M.group(mesh, *(M.axes(mesh)[i] for i in axes))
+    names = (M.axes(mesh)[i] for i in axes)
+    group = M.group_of(mesh, "gradients") if axes == (0,) else M.group(mesh, *names, use="gradients")
     ranks, me = range(group.size), group.pg.rank()
     parts = [_parts(leaf, mesh, axes) for leaf in leaves]
     stacks = [as_stack(local(leaf)) for leaf in leaves]

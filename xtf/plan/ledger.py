@@ -64,7 +64,8 @@ class Ledger(FakeTensorMode):
         if func.namespace == "c10d":
             self.mark("buffers", given)
             if "reduce_scatter" in func._schema.name and given[0].device.type == "cpu":
-                self._enter(given[1].untyped_storage(), "buffers", copy=True)
+                for read in given[len(given) // 2:]:
+                    self._enter(read.untyped_storage(), "buffers", copy=True)
         elif not inside and func.namespace != "prim" and out is not NotImplemented:
             results = _tensors(out)
             for t in results:

@@ -121,7 +121,7 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
 
         def graded(*args: Any) -> Any:
             value, grads = xtf.value_and_grad(share)(*args)
-            if ledger is not None:
+            if ledger is not None and grads is not None:             # of the last micro-batch
                 ledger.mark("gradients", map(local, tree.leaves(grads)))
             return value, grads
 

@@ -1,4 +1,4 @@
-"""Persistent pools of real gloo processes: `pool(4).run(fn, *args)` calls a function on four ranks in milliseconds."""
+"""Persistent pools of real processes: `pool(4).run(fn, *args)` calls a function on four ranks in milliseconds."""
 import atexit
 import functools
 import multiprocessing
@@ -16,16 +16,18 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+from xtf.testing import late as late_group
+
 
 class Pool:
-    """`size` processes, each a rank of one gloo group, alive until closed.
+    """`size` processes, each a rank of one group, alive until closed: of gloo, or of `xtf.testing.late`.
 
     A function that raises on any rank kills the pool (its peers may be waiting in a collective); the next `run` starts
     another.
     """
 
-    def __init__(self, size: int, timeout: float = 300.0):
-        self.size, self.timeout = size, timeout
+    def __init__(self, size: int, timeout: float = 300.0, late: bool = False):
+        self.size, self.timeout, self.late = size, timeout, late
         self.workers: list[tuple[Any, Any]] = []
         self.folder = ""
 
@@ -33,7 +35,8 @@ class Pool:
         """`fn(*args)` on every rank; the results by rank. Functions and arguments travel by cloudpickle.
 
         Raises ValueError or OSError if a rank raised one, RuntimeError with the remote traceback if it raised anything
-        else or died, or did not answer within `timeout` seconds.
+        else or died, or did not answer within `timeout` seconds. With `late`, RuntimeError too where what a collective
+        reads died or was overwritten before it was sent.
         """
         if not self.workers:
             self._start()
@@ -84,18 +87,19 @@ class Pool:
         self.folder = tempfile.mkdtemp(prefix="xtf-pool-")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, self.folder, list(sys.path)),
+            process = context.Process(target=_serve, args=(there, rank, self.size, self.folder, list(sys.path), self.late),
                                       daemon=True)
             process.start()
             there.close()
             self.workers.append((here, process))
 
 
-def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str]) -> None:
+def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str], late: bool) -> None:
     sys.path[:] = path
     os.environ["OMP_NUM_THREADS"] = "1"                              # inductor's generated code reads it
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    backend = late_group.register() if late else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
     while True:
         try:
             message = conn.recv_bytes()
@@ -104,6 +108,8 @@ def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str]) -> Non
         try:
             fn, args = cloudpickle.loads(message)
             answer = True, fn(*args)
+            if found := late_group.faults():
+                answer = False, (RuntimeError, "memory of collectives: " + "; ".join(dict.fromkeys(found)))
         except (ValueError, OSError) as e:                           # what a user can mend arrives as what it is
             answer = False, (ValueError if isinstance(e, ValueError) else OSError, str(e))
         except BaseException:
@@ -112,8 +118,11 @@ def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str]) -> Non
 
 
 @functools.cache
-def pool(size: int) -> Pool:
-    """The pool of this size, shared by everybody in this process and closed at its end."""
-    made = Pool(size)
+def pool(size: int, late: bool = False) -> Pool:
+    """The pool of this size, shared by everybody in this process and closed at its end.
+
+    `late`: its collectives run as late as they may, see `xtf.testing.late`.
+    """
+    made = Pool(size, late=late)
     atexit.register(made.close)
     return made

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from xtf import tree
 from xtf._shard import shard
 from xtf.data.batch import Batch, cut
-from xtf.layout import AXES, PACK_AXES
+from xtf.layout import AXES, PACK_AXES, local
 from xtf.ops import Ops
 from xtf.parallel._ep import ep, exact, static
 from xtf.parallel._fsdp import fsdp
@@ -158,8 +158,8 @@ def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
 
 @dataclass
 class Equivalence:
-    """How far a layout is from one process: the largest deviation of each kind, relative to a leaf's largest value, and
-    where. `metric` is that of all that the step reports beside the loss."""
+    """How far a layout is from one process: the largest deviation of each kind on any rank, relative to a leaf's largest
+    value, and where. `metric` is that of all that the step reports beside the loss."""
     loss: float
     grad: float
     grad_leaf: str
@@ -189,25 +189,36 @@ def spy(seen: list) -> Transform:
 shared_mesh = lru_cache(maxsize=None)(lambda sizes: make_mesh(**dict(sizes)))
 
 
+class Part(NamedTuple):
+    """What one rank holds of a leaf: where in the leaf it begins, and the values."""
+    offset: tuple[int, ...]
+    values: torch.Tensor
+
+
+def part_of(x: torch.Tensor, place: Any, shape: tuple[int, ...]) -> Part:
+    """This rank's part of a leaf of `shape` (a copy); `place` is None where the leaf is whole."""
+    return Part((0,) * x.ndim if place is None else place.box(shape)[0], local(x).detach().clone())
+
+
 def run_layout(step: Callable, specs: tree.Tree, opt: Any, layout: Layout, batch: Any, seed: int, steps: int,
-               extra: tree.Tree = None) -> tuple | None:
-    """On every rank: the first step's gradients and metrics, and whole parameters after `steps` steps, on rank 0."""
+               extra: tree.Tree = None) -> tuple[list, tree.Tree, list]:
+    """On every rank: its parts of the first step's gradients, that step's metrics, and its parts of the parameters
+    after `steps` steps."""
     m = shared_mesh(layout.mesh)
     seen: list = []
     run = shard(step, spy(seen), *layout.transforms(), mesh=m, specs=specs)
+    shapes = [p.shape for p in tree.leaves(run.specs)]
+    places = [None] * len(shapes) if m is None else tree.leaves(run.layout)
     params = init(run.specs, seed, run.layout)
     state, first = TrainState.create(params, opt.init(params), _fresh(extra), seed), None
     for _ in range(steps):
         state, metrics = run(state, cut(batch, m))
         if first is None:
-            dressed = seen[0]
-            if m is not None:
-                places = zip(dressed, tree.leaves(run.specs), tree.leaves(run.layout), strict=True)
-                dressed = [None if g is None else place.from_local(g, p.shape) for g, p, place in places]
-            first = [None if g is None else whole(g) for g in dressed], tree.tree_map(whole, metrics)
+            first = [None if g is None else part_of(g, place, shape)
+                     for g, place, shape in zip(seen[0], places, shapes, strict=True)], tree.tree_map(whole, metrics)
         seen.clear()
-    final = [whole(p) for p in tree.leaves(state.params)]
-    return (*first, final) if m is None or m.get_rank() == 0 else None  # pyright: ignore
+    assert first is not None
+    return *first, [part_of(*leaf) for leaf in zip(tree.leaves(state.params), places, shapes, strict=True)]
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -230,23 +241,38 @@ def compare(step: Callable, layout: Layout, batch: Any, *, specs: tree.Tree, opt
             grads, said = one[0], tree.tree_map(whole, metrics)
         one.clear()
     if layout.num_ranks == 1:
-        got = run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps, extra)
+        got = [run_layout(step, specs, opt, replace(layout, mesh=()), batch, seed, steps, extra)]
     else:
-        got = pool(layout.num_ranks).run(run_layout, step, specs, opt, layout, batch, seed, steps, extra)[0]
-    assert got is not None and grads is not None
+        got = pool(layout.num_ranks, late=True).run(run_layout, step, specs, opt, layout, batch, seed, steps, extra)
+    assert grads is not None
     paths = [path for path, _ in tree.flatten_with_path(base.specs)]
 
-    def worst(ours: list, theirs: list) -> tuple[float, str]:
+    def worst(ours: list, theirs: list[list]) -> tuple[float, str]:
         # A leaf whose gradient cancels to nothing (a key bias without rope) still has the rounding of its terms,
         # hence a floor at 1e-3 of the tree's largest.
         floor = 1e-3 * max((x.abs().max().item() for x in ours if x is not None and x.numel()), default=0.0)
-        return max(((_deviation(a, b, floor), path) for path, a, b in zip(paths, ours, theirs, strict=True)),
-                   default=(0.0, ""))
+        return max(((_worst_part(x, parts, floor), path)
+                    for path, x, *parts in zip(paths, ours, *theirs, strict=True)), default=(0.0, ""))
 
-    grad, param = worst(grads, got[0]), worst([p.detach() for p in tree.leaves(state.params)], got[2])
-    metric = max(((_deviation(x, got[1][name], 1e-3), name) for name, x in said.items() if name != "loss"),
+    grad = worst(grads, [parts for parts, _, _ in got])
+    param = worst([p.detach() for p in tree.leaves(state.params)], [parts for _, _, parts in got])
+    metrics = [metrics for _, metrics, _ in got]
+    metric = max(((_deviation(x, m[name], 1e-3), name) for m in metrics for name, x in said.items() if name != "loss"),
                  default=(0.0, ""))
-    return Equivalence(_deviation(said["loss"], got[1]["loss"]), *grad, *param, *metric)
+    return Equivalence(max(_deviation(said["loss"], m["loss"]) for m in metrics), *grad, *param, *metric)
+
+
+def _worst_part(ours: torch.Tensor | None, parts: Sequence[Part | None], floor: float) -> float:
+    """The deviation of whatever rank is furthest off, of the leaf's largest value."""
+    if ours is None or any(part is None for part in parts):
+        return 0.0 if ours is None and all(part is None for part in parts) else math.inf
+    if sum(part.values.numel() for part in parts if part) < ours.numel():
+        return math.inf                                              # nobody holds some of it
+    there = [tuple(slice(o, o + n) for o, n in zip(part.offset, part.values.shape, strict=True))
+             for part in parts if part]
+    largest = max(floor, ours.abs().max().item() if ours.numel() else 0.0)
+    return max((_deviation(ours[at], part.values, largest) for at, part in zip(there, parts, strict=True) if part),
+               default=0.0)
 
 
 def _fresh(extra: tree.Tree) -> tree.Tree:
