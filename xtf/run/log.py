@@ -10,10 +10,8 @@ from typing import Any
 
 import msgspec
 import torch
-from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from xtf import device
 from xtf.parallel import is_main
@@ -54,6 +52,7 @@ class Log:
         for row in cut(self.out / "metrics.jsonl", first):
             self._keep(row["step"], row)
         self.file = open(self.out / "metrics.jsonl", "a")
+        from torch.utils.tensorboard.writer import SummaryWriter     # a second, which other ranks need not wait
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first + 1 if first else None)
         self.bar = Progress(MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
                             TimeRemainingColumn(), disable=not sys.stdout.isatty())
@@ -133,6 +132,7 @@ class Log:
             self.curves[name].append((step, math.nan if row[name] is None else row[name]))
 
     def _draw(self) -> None:
+        from matplotlib.figure import Figure                         # a second, too
         axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
         for name, style in (("loss", "-"), ("eval_loss", "o-")):
             if self.curves[name]:

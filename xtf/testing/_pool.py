@@ -83,7 +83,8 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once, then forks: a pool is up in a second
-        context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+        # dynamo: the first custom operator or checkpoint imports it, a second of each rank's
+        context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing", "torch._dynamo"])
         self.folder = tempfile.mkdtemp(prefix="xtf-pool-")
         for rank in range(self.size):
             here, there = context.Pipe()
@@ -108,12 +109,13 @@ def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str], late: 
         try:
             fn, args = cloudpickle.loads(message)
             answer = True, fn(*args)
-            if found := late_group.faults():
-                answer = False, (RuntimeError, "memory of collectives: " + "; ".join(dict.fromkeys(found)))
         except (ValueError, OSError) as e:                           # what a user can mend arrives as what it is
             answer = False, (ValueError if isinstance(e, ValueError) else OSError, str(e))
         except BaseException:
             answer = False, (RuntimeError, traceback.format_exc())
+        if found := late_group.faults():                             # whatever else went wrong may come of it
+            more = "" if answer[0] else f"\n{answer[1][1]}"
+            answer = False, (RuntimeError, "memory of collectives: " + "; ".join(dict.fromkeys(found)) + more)
         conn.send_bytes(cloudpickle.dumps(answer))
 
 
