@@ -124,13 +124,14 @@ def base_ops(env: Env) -> Ops:
         return C.sum_(x.detach().clone(), env.group(*same_pack_axes)) if same_pack_axes else x.detach()
 
     def norm(grads: tree.Tree) -> torch.Tensor:
-        present = [g for g in tree.leaves(grads) if g is not None]
-        copies = [math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate())
-                  if isinstance(g, DTensor) else mesh.size()
-                  for g in present]
-        squares = leaf_norms([local(g) for g in present]).square()
-        share = (squares / torch.tensor(copies, dtype=torch.float64, device=squares.device)).sum()
-        return C.sum_(share, M.world(mesh)).sqrt()
+        stored: dict[int, list[torch.Tensor]] = {}                       # by how many ranks hold the same part
+        for g in tree.leaves(grads):
+            if g is not None:
+                copies = math.prod(g.device_mesh.size(i) for i, p in enumerate(g.placements) if p == Replicate()) \
+                    if isinstance(g, DTensor) else mesh.size()
+                stored.setdefault(copies, []).append(local(g))
+        share = sum(leaf_norms(parts).square().sum() / copies for copies, parts in stored.items())
+        return C.sum_(torch.as_tensor(share, dtype=torch.float64), M.world(mesh)).sqrt()
 
     def collect(grads: list, leaves: list) -> list:
         return sums.finish(grads)

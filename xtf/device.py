@@ -6,7 +6,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,8 @@ def has_fused_adamw(where: torch.device) -> bool:
     return where.type in ("cpu", "cuda", "meta")
 
 
-def host_copy(make: Callable[[], torch.Tensor], work: Any, keep: Any, where: torch.device) -> Callable[[], torch.Tensor]:
+def host_copy(make: Callable[[], torch.Tensor], work: Any, keep: Any,
+              where: torch.device) -> Callable[[], torch.Tensor]:
     """Start bringing `make()`, which needs what `work` brings, to the host; the function returned waits for it.
 
     On an accelerator the copy goes to pinned memory on a stream of its own, so that the host may wait for it without
@@ -115,6 +116,37 @@ def _aside(run: Callable[[], torch.Tensor], where: torch.device) -> Callable[[],
         torch.accelerator.current_stream().wait_stream(stream)      # what was made there is used here, too
         return out
     return finished
+
+
+def read_later(values: Mapping[str, Any]) -> Callable[[], dict[str, float]]:
+    """Start bringing scalars (tensors or numbers) to the host; the function returned waits for them and nothing since.
+
+    Called right after a step and asked after the next one was launched, it makes nobody wait: the copy goes to pinned
+    memory, and an event, not the stream, says that it is there.
+
+    >>> read_later({"loss": torch.tensor(0.5), "step": 3})()
+    {'loss': 0.5, 'step': 3.0}
+    """
+    tensors = {name: x.detach() for name, x in values.items() if isinstance(x, torch.Tensor)}
+    here = {name: float(x) for name, x in values.items() if name not in tensors}
+    copies: list[tuple[list[str], torch.Tensor]] = []
+    for where in dict.fromkeys(x.device for x in tensors.values()):
+        names = [name for name, x in tensors.items() if x.device == where]
+        both = torch.stack([tensors[name].double() for name in names])
+        if where.type != "cpu":
+            both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
+        copies.append((names, both))
+    done = None
+    if any(x.device.type != "cpu" for x in tensors.values()):
+        done = torch.Event(device().type)
+        done.record()
+
+    def read() -> dict[str, float]:
+        if done is not None:
+            done.synchronize()
+        read = here | {name: x for names, both in copies for name, x in zip(names, both.tolist(), strict=True)}
+        return {name: read[name] for name in values}
+    return read
 
 
 @functools.cache

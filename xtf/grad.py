@@ -4,7 +4,7 @@ The engine is `torch.autograd.backward` into detached leaves: what autograd, or 
 gradient is added to its `.grad` at once, so over all micro-batches there is one tree of gradients. `torch.func.grad`
 would refuse saved-tensor hooks (so checkpointing and fsdp's handles) and autograd Functions without `setup_context`.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,14 +154,10 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
         return vg
 
     def run(params: tree.Tree, batch: Any, ops: Ops = LOCAL) -> tuple[Any, tree.Tree]:
-        for path, x in tree.flatten_with_path(batch):
-            if x.shape[0] % k:
-                raise ValueError(f"microbatch: {k} parts do not divide the {x.shape[0]} rows of `{path}`; change the "
-                                 "batch or k")
         adding, value, grads = Adding(), None, None
-        for i in range(k):
+        for i, part in enumerate(parts(batch, k)):
             adding.last, adding.call = i == k - 1, 0
-            more, g = vg(params, _part(batch, i, k), replace(ops, into=adding))
+            more, g = vg(params, part, replace(ops, into=adding))
             value = more if i == 0 else tree.tree_map(torch.add, value, more)
             if g is not None:
                 grads = g if grads is None else tree.tree_map(_add_, grads, g)
@@ -169,8 +165,20 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
     return run
 
 
-def _part(batch: Any, i: int, k: int) -> Any:
-    return tree.tree_map(lambda x: x.narrow(0, i * (x.shape[0] // k), x.shape[0] // k), batch)
+def parts(batch: Any, k: int) -> Iterator[Any]:
+    """`k` equal parts of a batch along dim 0, views of it.
+
+    Raises ValueError if `k` does not divide it.
+
+    >>> [part.tolist() for part in parts(torch.arange(4), 2)]
+    [[0, 1], [2, 3]]
+    """
+    for path, x in tree.flatten_with_path(batch):
+        if x.shape[0] % k:
+            raise ValueError(f"microbatch: {k} parts do not divide the {x.shape[0]} rows of `{path}`; change the "
+                             "batch or k")
+    for i in range(k):
+        yield tree.tree_map(lambda x, i=i: x.narrow(0, i * (x.shape[0] // k), x.shape[0] // k), batch)
 
 
 def _add_(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

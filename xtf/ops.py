@@ -145,9 +145,9 @@ class Ops:
     norm(tree): the 2-norm over all stored elements, each counted once.
     watch(leaves): the last backward pass of a step is about to begin; what is final may travel. `value_and_grad` alone
         calls it and `collect`.
-    collect(grads, leaves): the step's gradients, summed over ranks, of these on this rank; called once a step, after the
-        last micro-batch. A transform that wraps it changes what the inner one returns: what it is given may be under
-        way.
+    collect(grads, leaves): the step's gradients, summed over ranks, of these on this rank; called once a step, after
+        the last micro-batch. A transform that wraps it changes what the inner one returns: what it is given may be
+        under way.
     into: None, or what `microbatch` tells `value_and_grad` (`xtf.grad.Adding`): where gradients are added up, and
         whether more micro-batches are to come.
     sound(ok): `ok`, and False where a bound that the layout set was not enough for this step. Optimizers ask it;

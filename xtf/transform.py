@@ -15,8 +15,8 @@ from xtf.ops import Ops
 @dataclass(frozen=True)
 class Env:
     """What a transform's `wrap` may know: the mesh, the token axes, the layout, the dtype that a leaf computes in, and
-    whether that is another than it is stored in for any; `group(*axes)` is a process group, `sums` (`xtf.parallel.sums`)
-    is told when a gradient is final."""
+    whether that is another than it is stored in for any; `group(*axes)` is a process group, `sums` is told when a
+    gradient is final (`xtf.parallel.sums`)."""
     mesh: DeviceMesh | None
     tokens: tuple[str, ...]
     layout: Any

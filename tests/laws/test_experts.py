@@ -16,7 +16,7 @@ from xtf import tree
 from xtf.data import Batch
 from xtf.data.batch import cut
 from xtf.kernels import swiglu
-from xtf.parallel import Overflow, ep, fsdp, static
+from xtf.parallel import Overflow, ep, fsdp, settle, static
 from xtf.parallel.collectives import record
 from xtf.testing import Layout, layouts, pool, token_batches
 from xtf.testing.laws import compare, shared_mesh, whole
@@ -209,23 +209,31 @@ def run_steps(name, layout, batch, bounds, donate):
     params = xtf.init(step.specs, 0, step.layout)
     state = xtf.TrainState.create(params, M.opt.init(params), extra)
     before = [whole(x).clone() for x in tree.leaves(state) if isinstance(x, torch.Tensor)]
+    state, _ = step(state, cut(batch, m))                            # says nothing yet: the host waits for nothing
+    messages = []
     try:
         step(state, cut(batch, m))
-        message = ""
     except Overflow as e:
-        message = str(e)
-    same = all(torch.equal(a, whole(b))
-               for a, b in zip(before, [x for x in tree.leaves(state) if isinstance(x, torch.Tensor)], strict=True))
+        messages.append(str(e))
+    state, _ = step(state, cut(batch, m))
+    try:
+        settle()
+    except Overflow as e:
+        messages.append(str(e))
+    settle()                                                         # once is enough
+    now = [whole(x) for x in tree.leaves(replace(state, step=state.step - 2)) if isinstance(x, torch.Tensor)]
+    same = all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
     _, metrics = roomy(state, cut(batch, m))
-    return message, same, metrics["dropped"].item()
+    return messages, same, metrics["dropped"].item()
 
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("bounds", [(2, 500), (500, 9)])
 def test_an_overflow_withholds_the_update_and_says_what_was_needed(bounds, donate):
-    for message, same, dropped in on_ranks(2, run_steps, "deepseek_v3", (("ep", 2),), a_batch(), bounds, donate):
+    for messages, same, dropped in on_ranks(2, run_steps, "deepseek_v3", (("ep", 2),), a_batch(), bounds, donate):
+        message, again = messages                                    # by the next step, and by `settle`
         needed = [int(n) for n in re.findall(r"(?:rows|pairs)=(\d+)", message)]
-        assert same and dropped == 0
+        assert same and dropped == 0 and message == again
         assert needed[2] > bounds[0] or needed[3] > bounds[1], message  # (the first two are the bounds themselves)
 
 

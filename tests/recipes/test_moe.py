@@ -142,7 +142,7 @@ def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
                                            "--expert-rows", "9", "--expert-pairs", "900")], capture_output=True,
                           text=True)
     assert done.returncode == 1
-    assert "error: ep: static(rows=9, pairs=900) is too little: this step needed rows=" in done.stderr
+    assert "error: ep: static(rows=9, pairs=900) is too little: the last step needed rows=" in done.stderr
     assert "step 1/" not in done.stdout
 
 

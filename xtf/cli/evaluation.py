@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from xtf import LOCAL, TrainState, Transform, shard
 from xtf.cli.ranks import on_device
 from xtf.data import Loader, eval_batches
+from xtf.grad import parts
+from xtf.parallel import settle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +29,19 @@ class Evaluation:
     """The loss of a model on `held_out` data, whole, whatever the layout: a mean over the tokens that carry loss.
 
     `flags` is a `cli.Flags`; `loader` that of the training data, of whose steps' size the batches are; `transforms`
-    are those of an evaluation, which must not donate its state.
+    are those of an evaluation, which must not donate its state. At a time a rank sees `packs`, as many as in training:
+    there is room for no more.
     """
 
     def __init__(self, flags: Any, model: ModuleType, cfg: Any, loader: Loader, held_out: Any,
-                 transforms: Sequence[Transform], mesh: DeviceMesh | None):
+                 transforms: Sequence[Transform], mesh: DeviceMesh | None, packs: int):
         self.flags, self.loader, self.held_out, self.mesh = flags, loader, held_out, mesh
 
         def eval_step(state, batch, ops=LOCAL):
             with torch.no_grad():
-                nll = model.loss(state.params, batch, cfg, ops)
-                return ops.total(torch.stack([nll, batch.loss_mask.sum()]).double())
+                nlls = [model.loss(state.params, part, cfg, ops).double()
+                        for part in parts(batch, len(batch.input_ids) // packs)]
+                return ops.total(torch.stack([torch.stack(nlls).sum(), batch.loss_mask.sum().double()]))
         self.step = shard(eval_step, *transforms, mesh=mesh, specs=model.specs(cfg))
 
     def due(self, i: int) -> bool:
@@ -48,4 +52,5 @@ class Evaluation:
         """The held-out loss of a state, the same on every rank."""
         batches = eval_batches(self.held_out, self.loader.seq_len, self.loader.packs_per_step, self.mesh)
         nll, tokens = torch.stack([self.step(state, on_device(batch)) for batch in batches]).sum(0).tolist()
+        settle()
         return nll / max(tokens, 1)

@@ -15,6 +15,7 @@ home m × D × itemsize, counts (R - 1) × (1 + E / R) × 8. Backward: m rows, m
 T tokens here   K experts a token   E experts   R ranks of the axis   e experts a rank (E / R)   D hidden
 P rows that leave   Q rows that arrive   N (row, expert) pairs computed here
 """
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from xtf import device
+from xtf import device, tree
 from xtf.kernels.experts import collect, spread
 from xtf.layout import AXES
 from xtf.ops import Ops
@@ -112,7 +113,9 @@ class exact:
 class static:
     """Room for `rows` rows a pair of ranks and `pairs` (row, expert) pairs a rank; the host waits for nothing.
 
-    If a step needs more, no update is made (see `Ops.sound`) and the step raises `Overflow`, which says what it needed.
+    If a step needs more, no update is made (see `Ops.sound`): the state that it returns has the parameters, moments and
+    `extra` that it was given. The next step raises `Overflow`, which says what was needed, and so does `settle`, which
+    one calls before what is there is saved.
 
     Raises ValueError if a bound is not positive.
 
@@ -132,8 +135,18 @@ class static:
 
 
 class Overflow(RuntimeError):
-    """A step needed more room than `static` gives. Its state is unchanged: `withheld` tells `jit` so."""
-    withheld = True
+    """A step needed more room than `static` gives. It made no update."""
+
+
+def settle() -> None:
+    """Wait for the last step of every layout with `static` bounds.
+
+    Raises Overflow, on all ranks, if one was too little for it.
+
+    >>> settle()
+    """
+    for bounds in list(_unread):
+        bounds.settle()
 
 
 def ep(axis: str = "ep", strategy: Strategy = exact()) -> Transform:
@@ -160,6 +173,8 @@ class Bounds:
         # since the step began: [rows a pair of ranks, pairs a rank], on the device
         self.needed: list[torch.Tensor] = []
         self.most: torch.Tensor | None = None
+        # what the last step needed, on its way to the host
+        self.coming: Callable[[], dict[str, float]] | None = None
 
     def over_ranks(self) -> torch.Tensor | None:
         """The most that any rank needed, [2]; asked once a step."""
@@ -175,23 +190,51 @@ class Bounds:
         return fits if ok is None else ok & fits
 
     def fits(self, most: torch.Tensor) -> torch.Tensor:
-        return (most <= torch.tensor([self.strategy.rows, self.strategy.pairs], device=most.device)).all()
+        return (most[0] <= self.strategy.rows) & (most[1] <= self.strategy.pairs)
 
     def checked(self, run: Callable) -> Callable:
         if self.strategy.rows is None:
             return run
 
         def step(state: Any, batch: Any) -> Any:
+            self.settle()
             self.needed, self.most = [], None
             out = run(state, batch)
             most = self.over_ranks()
-            if most is not None and not self.fits(most):
-                rows, pairs = most.tolist()
-                raise Overflow(f"ep: static(rows={self.strategy.rows}, pairs={self.strategy.pairs}) is too little: "
-                               f"this step needed rows={rows} and pairs={pairs}. No update was made and the state is "
-                               "as it was; raise the bounds, or use exact()")
-            return out
+            if most is None:
+                return out
+            # nothing waits: the host reads what was needed when the next step begins
+            self.coming = device.read_later({"rows": most[0], "pairs": most[1]})
+            _unread.add(self)
+            return _kept(state, out, self.fits(most))
         return step
+
+    def settle(self) -> None:
+        coming, self.coming = self.coming, None
+        _unread.discard(self)
+        needed = coming() if coming is not None else {"rows": 0, "pairs": 0}
+        if needed["rows"] > self.strategy.rows or needed["pairs"] > self.strategy.pairs:
+            raise Overflow(f"ep: static(rows={self.strategy.rows}, pairs={self.strategy.pairs}) is too little: the "
+                           f"last step needed rows={needed['rows']:.0f} and pairs={needed['pairs']:.0f}. It made no update: "
+                           "parameters and moments are as they were; raise the bounds, or use exact()")
+
+
+_unread: weakref.WeakSet[Bounds] = weakref.WeakSet()
+
+
+def _kept(state: Any, out: Any, fits: torch.Tensor) -> Any:
+    """A step's result with the `extra` that it was given where bounds did not fit."""
+    new = out[0] if isinstance(out, tuple) and out else None
+    if type(new) is not type(state) or not hasattr(new, "extra"):        # not a `TrainState`: a loss, say
+        return out
+    old = dict(tree.flatten_with_path(state.extra))
+    keep = lambda path, x: torch.where(fits, x, old[path]) if _alike(x, old.get(path)) else x
+    return replace(new, extra=tree.map_with_path(keep, new.extra)), *out[1:]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return (type(a) is type(b) is torch.Tensor and a.shape == b.shape and a.dtype == b.dtype
+            and a.device == b.device)
 
 
 class Message:

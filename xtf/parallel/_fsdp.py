@@ -174,8 +174,8 @@ class Pending(NamedTuple):
 class Gather(torch.autograd.Function):
     """Parts → whole leaves. One output a leaf (slices of one flat output cost ten times as much in backward).
 
-    Backward starts the reduce-scatter and returns None; `settle` adds the parts to their leaves' `.grad`, where autograd
-    adds those of leaves that are whole: it would itself add a tied leaf's two gradients before they are there.
+    Backward starts the reduce-scatter and returns None; `settle` adds the parts to their leaves' `.grad`, where
+    autograd adds those of leaves that are whole: it would itself add a tied leaf's two gradients before they are there.
     """
     @staticmethod
     def forward(ctx, bucket, ahead, schedule, *parts):
@@ -214,8 +214,8 @@ class Gather(torch.autograd.Function):
         for (mesh, _), sent in messages.items():
             outs, wholes = [whole.new_empty(s.padded) for s, whole in sent], [whole for _, whole in sent]
             work = C.scatter_start(outs, wholes, M.group_of(mesh, "gradients"))
-            schedule.pending.append(Pending([s.part for s, _ in sent],
-                                            [s.mine(out) for (s, _), out in zip(sent, outs, strict=True)], work, wholes))
+            grads_here = [s.mine(out) for (s, _), out in zip(sent, outs, strict=True)]
+            schedule.pending.append(Pending([s.part for s, _ in sent], grads_here, work, wholes))
         return (None,) * (3 + len(grads))
 
 

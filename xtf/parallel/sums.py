@@ -7,11 +7,12 @@ beside one copy of all gradients there is room for the bucket that is being move
 
 Bytes of one step, at any number of micro-batches: 2 (W - 1) / W × the bytes of the leaves' gradients, from each rank.
 """
-from collections import Counter
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtf import tree
 from xtf.parallel import _mesh as M
@@ -37,7 +38,8 @@ class Sums:
         for axes in dict.fromkeys(place.sums for place in self.places if place.sums):
             M.group(mesh, *axes, use="gradients")                # making groups is a collective: here, in one order
         self.any = any(place.sums for place in self.places)
-        self.uses: Counter[int] = Counter()
+        # by leaf, not by its address: a later leaf's may be that of one that never came back, and on one rank alone
+        self.uses: MutableMapping[torch.Tensor, int] = WeakIdKeyDictionary()
         self._forget()
 
     def _forget(self) -> None:
@@ -50,13 +52,13 @@ class Sums:
     def used(self, leaf: torch.Tensor) -> None:
         """The forward pass gathers this leaf: one more part of its gradient is to come."""
         if self.any:
-            self.uses[id(leaf)] += 1
+            self.uses[leaf] = self.uses.get(leaf, 0) + 1
 
     def added(self, leaf: torch.Tensor) -> None:
         """A part of a gathered leaf's gradient was added; the leaf is ready when all are."""
         if self.any:
-            self.uses[id(leaf)] -= 1
-            if self.uses[id(leaf)] == 0:
+            self.uses[leaf] -= 1
+            if self.uses[leaf] == 0:
                 self.ready(leaf)
 
     def watch(self, leaves: list[torch.Tensor]) -> None:
@@ -77,7 +79,7 @@ class Sums:
             bucket.members.append(i)
             bucket.missing, bucket.nbytes = bucket.missing + 1, bucket.nbytes + x.nbytes
             self.bucket_of[id(x)] = bucket
-            if not self.uses[id(x)]:                             # those that fsdp gathers come through `added`
+            if x not in self.uses:                               # those that fsdp gathers come through `added`
                 x.register_post_accumulate_grad_hook(self.ready)
 
     def ready(self, leaf: torch.Tensor) -> None:
@@ -113,6 +115,5 @@ class Sums:
         for g, place in zip(grads, self.places, strict=True):
             if g is not None and place.copies > 1:
                 g.div_(place.copies)                             # a reduce-scatter's output: nobody else's memory
-        self.uses.clear()
         self._forget()
         return grads

@@ -19,7 +19,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,9 +29,9 @@ from typing import Any, Literal
 import msgspec
 import torch.distributed as dist
 
-from xtf import cli, hf, peft, tree
+from xtf import cli, device, hf, peft, tree
 from xtf.checkpoint import Checkpoints, Exporter, steps
-from xtf.parallel import Overflow
+from xtf.parallel import Overflow, settle
 from xtf.parallel._mesh import describe
 from xtf.parallel.peers import Peers
 from xtf.run import process, profile
@@ -64,7 +65,8 @@ class Run:
         self._exporter: Any = None
         self._evaluation: cli.Evaluation | None = None
         self._evaluated: dict[str, float] = {}
-        self._before: Mapping[str, Any] = {}
+        # the last step: its number, its metrics on their way to the host, and when it was over
+        self._coming: tuple[int, Callable[[], dict[str, float]], float] | None = None
         self.profiled = profile.steps(flags.profile, self.out)
         self._advice = cli.guard(flags).advice
         self._quantise: Literal["fp8"] | None = "fp8" if flags.export_fp8 else None
@@ -104,6 +106,9 @@ class Run:
         if self.looks:
             return
         try:
+            if self._coming is not None and not (kind is not None and issubclass(kind, Overflow)):
+                with contextlib.suppress(Exception):                  # the error that is on its way says more
+                    self._row(self._coming)
             if kind is None or issubclass(kind, GaveUp | Overflow):  # all ranks are here; elsewhere one may be missing
                 self.stop.close()
                 for background in filter(None, (self._checkpoints, self._exporter)):
@@ -146,7 +151,8 @@ class Run:
         self.stop.armed = True
         if held_out:
             layout = cli.transforms(flags, training=False)
-            self._evaluation = cli.Evaluation(flags, model, cfg, loader, held_out, layout, self.mesh)
+            self._evaluation = cli.Evaluation(flags, model, cfg, loader, held_out, layout, self.mesh,
+                                              cli.micro_packs(flags))
         if self.first == 0:
             self.evaluate(0, state)
         return state
@@ -162,20 +168,35 @@ class Run:
     def log(self, i: int, metrics: Mapping[str, Any]) -> None:
         """Log step `i`; what `optim.guard` says of it is among the metrics.
 
-        Raises ValueError with advice once --max-skipped steps in a row were skipped (seen one step late, so that
-        nothing waits for the device).
+        A row is written one step late, or before anything is evaluated or saved, so that nothing waits for the device.
+
+        Raises GaveUp, with advice, once --max-skipped steps in a row were skipped.
         """
-        if self.logged.main:
-            self.logged.step(i, metrics, self.loader.documents(i - 1), self.loader.sources(i - 1))
-        why, self._before = self._advice(self._before) if "in_a_row" in self._before else None, metrics
+        before, self._coming = self._coming, (i, device.read_later(metrics), time.perf_counter())
+        self._row(before)
         self._done(f"step {i}")
-        if why:
-            raise GaveUp(f"step {i - 1}: {why}")
+
+    def _settle(self) -> None:
+        """Wait for the last step: its row is written, and it was a step. Raises GaveUp, and Overflow on all ranks."""
+        settle()
+        last, self._coming = self._coming, None
+        self._row(last)
+
+    def _row(self, of: tuple[int, Callable[[], dict[str, float]], float] | None) -> None:
+        if of is None:
+            return
+        i, read, over = of
+        row = read()
+        if self.logged.main:
+            self.logged.step(i, row, self.loader.documents(i - 1), self.loader.sources(i - 1), over)
+        if "in_a_row" in row and (why := self._advice(row)):
+            raise GaveUp(f"step {i}: {why}")
 
     def evaluate(self, i: int, state: TrainState) -> None:
         """Take and log the held-out loss after step `i`, where there is data and it is due; --keep-best goes by it."""
         if self._evaluation is None or not self._evaluation.due(i):
             return
+        self._settle()
         loss = self._evaluation.loss(state)
         self.logged.evaluation(i, loss)
         self._evaluated = {"eval_loss": loss}
@@ -191,12 +212,15 @@ class Run:
         flags = self.flags
         heard = self.stop.agreed() if i < flags.steps else 0          # after the last step the run ends anyway
         due = flags.save_every and (i % flags.save_every == 0 or i == flags.steps)
+        exports = flags.export_every and i % flags.export_every == 0 and not heard
+        if due or heard or exports:
+            self._settle()                                            # no checkpoint of a step that was none
         if due or heard:
             self._checkpoints = self._checkpoints or self._open(self.out / "checkpoints")
             self.logged.sync()                                        # no checkpoint without its rows
             self._checkpoints.save(i, state, {"cursor": self.loader.cursor(i)}, self._evaluated or None)
             self._done(f"save after step {i}")
-        if flags.export_every and i % flags.export_every == 0 and not heard:
+        if exports:
             self._exporter = self._exporter or Exporter()
             self._exporter.save(self.out / f"hf-{i}", self._merged(state.params), self.names, flags.model,
                                 self._quantise)
@@ -208,10 +232,9 @@ class Run:
 
     def finish(self, params: tree.Tree) -> None:
         """Write OUT/hf in the format and dtypes of --model, with --lora OUT/adapter in PEFT's; mark the run as done."""
+        self._settle()
         for background in filter(None, (self._checkpoints, self._exporter)):
             background.wait()
-        if "in_a_row" in self._before and (why := self._advice(self._before)):
-            raise GaveUp(f"step {self.flags.steps}: {why}")
         if self.flags.lora:
             peft.save(self.out / "adapter", params, self.names, cli.adapter(self.flags), self.flags.model)
         hf.save(self.out / "hf", self._merged(params), self.names, like=self.flags.model, quantise=self._quantise)

@@ -52,7 +52,7 @@ class Log:
         for row in cut(self.out / "metrics.jsonl", first):
             self._keep(row["step"], row)
         self.file = open(self.out / "metrics.jsonl", "a")
-        from torch.utils.tensorboard.writer import SummaryWriter     # a second, which other ranks need not wait
+        from torch.utils.tensorboard.writer import SummaryWriter  # a second, which other ranks need not wait
         self.board = SummaryWriter(str(self.out / "tensorboard"), purge_step=first + 1 if first else None)
         self.bar = Progress(MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
                             TimeRemainingColumn(), disable=not sys.stdout.isatty())
@@ -66,16 +66,16 @@ class Log:
         return self
 
     def step(self, step: int, metrics: Mapping[str, Any], lengths: Sequence[int],
-             mix: Mapping[str, int] | None = None) -> None:
+             mix: Mapping[str, int] | None = None, now: float | None = None) -> None:
         """Log step `step` (from 1): its metrics (numbers or scalar tensors), the lengths of all ranks' documents.
 
-        `mix` is the step's tokens by source; they become columns `mix/SOURCE`. Reading the metrics waits for the
-        device.
+        `mix` is the step's tokens by source; they become columns `mix/SOURCE`. `now` is when the step was over
+        (`time.perf_counter`), where that was before this call. Reading tensors waits for the device.
         """
         if not self.main:
             return
         row = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
+        now = time.perf_counter() if now is None else now
         seconds, self.since = now - self.since, now
         row |= {"tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds,
                 "mfu": self.flops(lengths) / seconds / self.peak,
@@ -132,7 +132,7 @@ class Log:
             self.curves[name].append((step, math.nan if row[name] is None else row[name]))
 
     def _draw(self) -> None:
-        from matplotlib.figure import Figure                         # a second, too
+        from matplotlib.figure import Figure  # a second, too
         axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
         for name, style in (("loss", "-"), ("eval_loss", "o-")):
             if self.curves[name]:

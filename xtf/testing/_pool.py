@@ -88,8 +88,8 @@ class Pool:
         self.folder = tempfile.mkdtemp(prefix="xtf-pool-")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, self.folder, list(sys.path), self.late),
-                                      daemon=True)
+            process = context.Process(target=_serve, daemon=True,
+                                      args=(there, rank, self.size, self.folder, list(sys.path), self.late))
             process.start()
             there.close()
             self.workers.append((here, process))

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-PATIENCE = 2.0                                 # seconds after which a collective that nobody waits for runs all the same
-FRAMES = "torch", "typing_extensions.py", os.path.join("xtf", "testing", "late.py"), os.path.join("xtf", "parallel", "collectives.py")
+PATIENCE = 2.0                                 # seconds after which one that nobody waits for runs all the same
+# the layers beneath the line that starts a collective
+BENEATH = ("torch", "typing_extensions.py", os.path.join("xtf", "testing", "late.py"),
+           os.path.join("xtf", "parallel", "collectives.py"))
 
 
 class Held(NamedTuple):
@@ -90,13 +92,13 @@ def _create(store: Any, rank: int, size: int, timeout: Any) -> "Late":
 class LateWork(dist.Work):
     """What a started collective returns: `wait` runs it, after all that were started before it."""
 
-    def __init__(self, job: Job, outputs: list[torch.Tensor]):
+    def __init__(self, job: Job, outputs: list[torch.Tensor], held: list[torch.Tensor]):
         super().__init__()
-        self.job, self.outputs = job, outputs
+        self.job, self.outputs, self.held = job, outputs, held
 
     def wait(self, timeout: Any = None) -> bool:
         _run_until(self.job)
-        self.outputs = []
+        self.outputs = self.held = []
         return True
 
     def is_completed(self) -> bool:
@@ -178,7 +180,8 @@ class Late(dist.ProcessGroup):
     all_to_all_single = alltoall_base
 
     def _later(self, kind: str, reads: list, writes: list, make: Callable[[list, list], Any]) -> LateWork:
-        label = f"{kind} over {self.size()} ranks, started in {_caller()}"
+        caller, functional = _caller()
+        label = f"{kind} over {self.size()} ranks, started in {caller}"
         with _disable_current_modes():                       # remat's would count what is done here
             held = [_hold(x) for x in reads]
             for x in writes:
@@ -189,7 +192,7 @@ class Late(dist.ProcessGroup):
         with _lock:
             _jobs.append(job)
         _clock()
-        return LateWork(job, list(writes))
+        return LateWork(job, list(writes), list(reads) if functional else [])
 
     # what torch.distributed asks of a group
 
@@ -237,12 +240,14 @@ def _hold(x: torch.Tensor) -> Held:
     return Held(weakref.ref(x.untyped_storage()), x.shape, x.stride(), x.storage_offset(), x.dtype, x.clone())
 
 
-def _caller() -> str:
-    """The line that started a collective: the innermost one that is neither torch's nor of the layer beneath."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and any(f"{os.sep}{name}" in frame.f_code.co_filename for name in FRAMES):
+def _caller() -> tuple[str, bool]:
+    """The line that started a collective, the innermost one that is neither torch's nor of the layer beneath; and
+    whether it asked torch's functional collectives (DTensor does), which hold what they read until it is waited for."""
+    frame, functional = sys._getframe(2), False
+    while frame.f_back is not None and any(f"{os.sep}{name}" in frame.f_code.co_filename for name in BENEATH):
+        functional = functional or frame.f_code.co_filename.endswith("_functional_collectives.py")
         frame = frame.f_back
-    return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})"
+    return f"{frame.f_code.co_name} ({os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno})", functional
 
 
 def _run_until(job: Job) -> None:

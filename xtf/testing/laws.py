@@ -158,8 +158,8 @@ def token_batches(vocab_size: int, max_packs: int = 2, max_len: int = 8,
 
 @dataclass
 class Equivalence:
-    """How far a layout is from one process: the largest deviation of each kind on any rank, relative to a leaf's largest
-    value, and where. `metric` is that of all that the step reports beside the loss."""
+    """How far a layout is from one process: the largest deviation of each kind on any rank, relative to a leaf's
+    largest value, and where. `metric` is that of all that the step reports beside the loss."""
     loss: float
     grad: float
     grad_leaf: str

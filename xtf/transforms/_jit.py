@@ -20,8 +20,7 @@ def jit(compile: bool = True, donate: bool = True) -> Transform:
     Blocks are compiled once for each function (a `functools.partial` by its parts), so define them outside of the step.
     Donated: parameters and moments are updated in place, which halves the optimizer's peak; the state that was passed
     in is poisoned, and touching its fields raises RuntimeError (a leaf taken out before holds the new values). A step
-    that raises before its update, or whose update was withheld (`ep`'s Overflow), leaves the state whole; one that
-    raises in the middle of it poisons it.
+    that raises before its update leaves the state whole; one that raises in the middle of it poisons it.
 
     >>> jit(compile=False).name
     'jit'
@@ -59,8 +58,8 @@ def _donating(run: Callable) -> Callable:
         before = _versions(state)
         try:
             new, metrics = run(replace(state, donated=True), batch)
-        except BaseException as e:
-            if not getattr(e, "withheld", False) and _versions(state) != before:
+        except BaseException:
+            if _versions(state) != before:
                 state.poison()
             raise
         state.poison()
