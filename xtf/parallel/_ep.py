@@ -214,9 +214,10 @@ class Bounds:
         _unread.discard(self)
         needed = coming() if coming is not None else {"rows": 0, "pairs": 0}
         if needed["rows"] > self.strategy.rows or needed["pairs"] > self.strategy.pairs:
-            raise Overflow(f"ep: static(rows={self.strategy.rows}, pairs={self.strategy.pairs}) is too little: the "
-                           f"last step needed rows={needed['rows']:.0f} and pairs={needed['pairs']:.0f}. It made no update: "
-                           "parameters and moments are as they were; raise the bounds, or use exact()")
+            bounds = f"static(rows={self.strategy.rows}, pairs={self.strategy.pairs})"
+            raise Overflow(f"ep: {bounds} is too little: the last step needed rows={needed['rows']:.0f} and "
+                           f"pairs={needed['pairs']:.0f}. It made no update: parameters and moments are as they were; "
+                           "raise the bounds, or use exact()")
 
 
 _unread: weakref.WeakSet[Bounds] = weakref.WeakSet()

@@ -56,6 +56,16 @@ def record() -> Iterator[list[Sent]]:
         _records.remove(sent)
 
 
+# torch 2.13 renamed both; 2.11 has the old names alone.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _planned(group: dist.ProcessGroup) -> bool:
+    """Whether the group is `xtf.plan`'s: its tensors have no numbers, and torch knows no coalesced calls for such."""
+    return dist.get_backend(group) == "fake"
+
+
 def _note(kind: str, group: dist.ProcessGroup, nbytes: int) -> None:
     _started[0], _started[1] = _started[0] + 1, f"{kind} over {group.size()} ranks, {nbytes:,} bytes from here"
     for sent in _records:
@@ -80,12 +90,16 @@ class Group(NamedTuple):
 def gather_start(outs: list[torch.Tensor], parts: list[torch.Tensor], group: Group) -> Any:
     """Start all-gathers of `parts` into `outs` (each flat, W times as long) as one message; the work to wait for."""
     _note("all_gather", group.pg, (group.size - 1) * sum(map(_nbytes, parts)))
+    if _planned(group.pg):
+        return [_all_gather(*pair, group=group.pg, async_op=True) for pair in zip(outs, parts, strict=True)][-1]
     return group.pg.allgather_into_tensor_coalesced(outs, parts)
 
 
 def scatter_start(outs: list[torch.Tensor], wholes: list[torch.Tensor], group: Group) -> Any:
     """Start reduce-scatters (sums) of `wholes` into `outs` as one message; the work to wait for."""
     _note("reduce_scatter", group.pg, (group.size - 1) * sum(map(_nbytes, outs)))
+    if _planned(group.pg):
+        return [_reduce_scatter(*pair, group=group.pg, async_op=True) for pair in zip(outs, wholes, strict=True)][-1]
     return group.pg.reduce_scatter_tensor_coalesced(outs, wholes)
 
 
@@ -166,7 +180,7 @@ def _keep_group(ctx, inputs, output):
 def _operator(fn: Any) -> Any:
     """`fn(x, group)`, its own adjoint, as an operator; between fake tensors it only tells a fake group (`xtf.plan`)."""
     def fake(x: torch.Tensor, group: str) -> torch.Tensor:
-        told = dist.get_backend(_resolve_process_group(group)) == "fake"  # pyright: ignore
+        told = _planned(_resolve_process_group(group))  # pyright: ignore
         return fn(x, group) if told else torch.empty_like(x, memory_format=torch.contiguous_format)
 
     op = torch.library.custom_op(f"xtf::{fn.__name__.strip('_')}", fn, mutates_args=())  # pyright: ignore[reportCallIssue]

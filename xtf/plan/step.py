@@ -119,10 +119,10 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
             nll, routing = model.loss_and_routing(params, batch, cfg, ops)
             return nll / num_tokens + 1e-3 * moe.balance(routing, num_routed, ops), moe.sums(routing)
 
-        def graded(*args: Any) -> Any:
-            value, grads = xtf.value_and_grad(share)(*args)
-            if ledger is not None and grads is not None:             # of the last micro-batch
-                ledger.mark("gradients", map(local, tree.leaves(grads)))
+        def graded(params: Any, batch: Any, ops: Any) -> Any:
+            value, grads = xtf.value_and_grad(share)(params, batch, ops)
+            if ledger is not None:  # before the last micro-batch they are in `ops.into`
+                ledger.mark("gradients", map(local, tree.leaves(grads) if grads is not None else ops.into.grads[1]))
             return value, grads
 
         (loss, _), grads = xtf.microbatch(graded, len(batch.input_ids))(state.params, batch, ops)
