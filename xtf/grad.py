@@ -58,7 +58,7 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
     def run(params: tree.Tree, batch: Any, ops: Ops = LOCAL) -> tuple[Any, tree.Tree]:
         stored, treedef = tree.flatten(params)
         leaves = [local(p).detach().requires_grad_(p.requires_grad) for p in stored]
-        earlier = None if ops.into is None else ops.into.take()
+        earlier, before = (None, None) if ops.into is None else ops.into.take()
         # 1. forward
         with torch.enable_grad():
             out = share(tree.unflatten([like(x, p) for x, p in zip(leaves, stored, strict=True)], treedef), batch, ops)
@@ -78,15 +78,16 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
         if last:
             ops.watch(leaves)
         torch.autograd.backward(loss, inputs=wanted)
-        total = ops.total(loss.detach())
-        value = total if sums is None else (total, tree.tree_map(lambda s: ops.total(s.detach()), sums))
+        value = tree.tree_map(torch.Tensor.detach, loss if sums is None else (loss, sums))
+        value = value if before is None else tree.tree_map(torch.add, before, value)
         grads: list[Any] = [x.grad for x in leaves]
-        del out, loss, sums
+        del out, loss, sums, before
         # 3. gradients have memory of their own before the next micro-batch's are added to it
         if not last:
             _forget(leaves)
-            ops.into.give(grads if earlier is not None else _own(grads))
+            ops.into.give(grads if earlier is not None else _own(grads), value)
             return value, None
+        value = tree.tree_map(ops.total, value)
         grads = ops.collect(grads, leaves)
         _forget(leaves)
         for i, (g, x) in enumerate(zip(grads, leaves, strict=True)):
@@ -119,19 +120,20 @@ def _own(grads: list) -> list:
 @dataclass
 class Adding:
     """What `microbatch` tells `value_and_grad` through `Ops.into`: whether this micro-batch is the `last`, and the
-    gradients so far, kept here meanwhile. A function that calls `value_and_grad` more than once has a tree of them for
+    gradients and shares so far, kept here meanwhile. A function that calls `value_and_grad` more than once has some for
     each call."""
     last: bool = False
     call: int = 0
     grads: dict[int, list] = field(default_factory=dict)
+    values: dict[int, Any] = field(default_factory=dict)
 
-    def take(self) -> list | None:
-        """The gradients of the micro-batches before, for this call of `value_and_grad`."""
+    def take(self) -> tuple[list | None, Any]:
+        """Gradients and shares of the micro-batches before, for this call of `value_and_grad`; None at the first."""
         self.call += 1
-        return self.grads.pop(self.call, None)
+        return self.grads.pop(self.call, None), self.values.pop(self.call, None)
 
-    def give(self, grads: list) -> None:
-        self.grads[self.call] = grads
+    def give(self, grads: list, value: Any) -> None:
+        self.grads[self.call], self.values[self.call] = grads, value
 
 
 def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[..., tuple[Any, tree.Tree]]:
@@ -139,9 +141,9 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
 
     Because a loss is a sum of shares, the result is that of the whole batch, at a k-th of its activations. There is one
     tree of gradients at any k, which each micro-batch adds to, and what is summed over ranks by all-reduces is summed
-    once: until the last micro-batch `value_and_grad` returns None in place of gradients. A `vg` of your own around it,
-    which does something with them, asks `ops.into is None or ops.into.last`; one that returns trees each time (it gave
-    `value_and_grad` other `ops`) has them added.
+    once: until the last micro-batch `value_and_grad` returns this rank's shares so far, and None for gradients. A `vg`
+    of your own around it, which does something with them, asks `ops.into is None or ops.into.last`; one that returns
+    trees each time (it gave `value_and_grad` other `ops`) has them, and the losses, added.
 
     Raises ValueError if `k` does not divide the batch.
 
@@ -158,8 +160,8 @@ def microbatch(vg: Callable[..., tuple[Any, tree.Tree]], k: int) -> Callable[...
         for i, part in enumerate(parts(batch, k)):
             adding.last, adding.call = i == k - 1, 0
             more, g = vg(params, part, replace(ops, into=adding))
-            value = more if i == 0 else tree.tree_map(torch.add, value, more)
-            if g is not None:
+            if g is not None:                                        # else the last call's are those of all
+                value = more if grads is None else tree.tree_map(torch.add, value, more)
                 grads = g if grads is None else tree.tree_map(_add_, grads, g)
         return value, grads
     return run

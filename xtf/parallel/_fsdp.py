@@ -236,7 +236,12 @@ class Schedule:
                 work.wait()
             for leaf, g in zip(leaves, grads, strict=True):
                 g = g.to(leaf.dtype).contiguous()
-                leaf.grad = g if leaf.grad is None else leaf.grad + g
+                if leaf.grad is None:
+                    leaf.grad = g
+                elif self.sums is None:                              # autograd's own may be another leaf's, too
+                    leaf.grad = leaf.grad + g
+                else:                                                # on a mesh such a leaf is never used but gathered
+                    leaf.grad.add_(g)
                 if self.sums is not None:
                     self.sums.added(leaf)
 
