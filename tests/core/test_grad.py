@@ -118,22 +118,24 @@ def test_what_is_under_way_is_not_replaced_in_silence():
 
 
 DENSE = {"model_type": "qwen3", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 1024,
-         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
          "tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize("sizes", [{}, {"dp": 4}, {"replicate": 4}, {"replicate": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [
+    {"replicate": 4}, {"replicate": 2, "dp": 2}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, {"dp": 4}))],
+                         ids=str)
 def test_one_tree_of_gradients_at_any_number_of_micro_batches(sizes):
     """More micro-batches than one keep one copy of this rank's gradients while the buckets are in flight, which one
     micro-batch has only at its end; and no more than that at any number."""
     cfg = models.qwen3.config(DENSE)
     measured = {k: plan.measure(models.qwen3, cfg, sizes, seq_len=16, packs=k, dtype="fp32", remat_=True)
-                for k in (1, 2, 8)}
+                for k in (1, 2, 5)}
     copy = measured[1].parameters * 4 // sizes.get("dp", 1)
-    peaks = [measured[k].peak for k in (1, 2, 8)]
+    peaks = [measured[k].peak for k in (1, 2, 5)]
     assert abs(peaks[2] - peaks[1]) < 0.01 * copy and 0 <= peaks[1] - peaks[0] < 1.01 * copy
     if "dp" not in sizes:                                            # there whole gradients are what is summed
         assert peaks[2] - peaks[0] < 0.01 * copy
     reduced = {sum(m.bytes for m in measured[k].messages if m.kind == "all_reduce" and m.bytes > 1000)
-               for k in (1, 2, 8)}
+               for k in (1, 2, 5)}
     assert len(reduced) == 1
