@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: env demo test test-slow lint bench
+.PHONY: env demo test test-slow test-cuda-fake lint bench
 
 env: .venv/env.stamp
 
@@ -31,6 +31,17 @@ test: env
 
 test-slow: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow --timeout 3600
+
+# The public build of torch for CUDA knows every CUDA operator without a GPU: 2.11.0, the oldest release that we take.
+# It brings its own triton; so not `[test]`. 6 GB.
+.venv-cuda/env.stamp: pyproject.toml
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet torch==2.11.0
+	.venv-cuda/bin/python -m pip install --quiet --editable . pytest pytest-timeout
+	touch $@
+
+test-cuda-fake: .venv-cuda/env.stamp
+	OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -q -m cuda_fake tests/kernels/test_cuda_fake.py
 
 lint: env
 	$(BIN)/ruff check

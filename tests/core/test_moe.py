@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import xtf
 from tests.laws import moe_model as M
 from xtf import moe
+from xtf.data.batch import Sample, pack_rows
 from xtf.ops import LOCAL
 from xtf.testing import Layout, token_batches
-from xtf.transforms import remat
+from xtf.transforms import overlap, remat
 
 
 @st.composite
@@ -164,3 +165,22 @@ def test_stages_interleave():
     assert moe.interleave(stages("a", log, 3), stages("b", log, 1)) == ["a", "b"]
     assert log == ["a0", "b0", "a1", "a2"]
     assert moe.staged(partial(stages, "c", [], 2))() == "c"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_halves_that_overlap_are_told_how_long_documents_are(compiled):
+    """Also under torch.compile, in which no tensor can be told."""
+    @moe.staged
+    def block(params, x, segments, cos):
+        yield
+        yield x * segments.longest + cos, None
+
+    def scan(block, *args, **kwargs):
+        if compiled:
+            block = torch.compile(block, fullgraph=True, dynamic=False, backend="aot_eager")
+        return LOCAL.scan(block, *args, **kwargs)
+    ops = overlap().wrap(replace(LOCAL, scan=scan), None)
+    for n, longest in ((3, 4), (6, 6), (3, 4)):
+        segments = pack_rows([[Sample([1] * n, [1] * n)]] * 2, 6, 4).segments
+        x, _ = ops.scan(block, [{}], torch.ones(2), segments, torch.zeros(2))
+        assert x.tolist() == [longest, longest]

@@ -3,15 +3,16 @@ nothing."""
 import itertools
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xtf.data.loader
-from xtf import tree
+from xtf import init, models, moe, tree, value_and_grad
 from xtf.data import Loader, Sample, Source, cut, eval_batches, mix, split_off
 from xtf.data.batch import share
 
@@ -69,6 +70,54 @@ def test_ranks_hold_the_parts_of_one_global_batch(lengths, seed, i, sizes):
     for leaf in ("labels", "loss_mask"):
         assert torch.equal(dealt([torch.cat([getattr(p, leaf) for p in parts_of], 1) for parts_of in rows.values()]),
                            getattr(whole, leaf))
+
+
+def test_segments_have_room_for_the_documents_that_are_there_on_every_rank():
+    """64k positions have room for 4096 documents by default; a step's packs have far fewer. A rank cannot see the
+    other ranks' packs, and has their S and `longest` all the same; powers of two keep shapes few."""
+    seq_len = 1 << 16
+    lengths = [1500] * 43 + [300] * 200 + [40_000]
+    loaders = [Loader(samples_of(lengths), seq_len, 4, seed) for seed in range(3)]
+    shapes = set()
+    for loader, i in itertools.product(loaders, range(3)):
+        whole = loader.step(i)
+        lengths_PS = whole.segments.diff(dim=1)
+        documents, longest = int((lengths_PS > 0).sum(1).max()), int(lengths_PS.max())
+        S = whole.segments.shape[1] - 1
+        assert S in (16, 32, 64, 128, 256, 512) and max(16, documents) <= S < 2 * max(16, documents)
+        assert longest <= whole.longest == whole.segments.longest < 2 * longest
+        shapes.add((S, whole.longest))
+        for mesh in ranks(dp=2, ep=2):
+            mine = loader.step(i, mesh)
+            assert (mine.segments.shape[1] - 1, mine.longest) == (S, whole.longest) and equal(mine, cut(whole, mesh))
+    assert len(shapes) <= 4
+    held_out = list(eval_batches(samples_of(lengths), seq_len, 2))
+    assert all(max(b.segments.diff(dim=1).max(), 2) <= b.longest and b.segments.shape[1] <= 513 for b in held_out)
+    assert sum(int((b.segments.diff(dim=1) > 0).sum()) for b in held_out) >= len(lengths)
+
+
+def test_room_for_documents_that_are_not_there_changes_no_bit():
+    """Losses and gradients, dense and with experts, at the S of before (all that may be) and now."""
+    samples = samples_of([3, 9, 2, 14, 5, 5, 11, 7])
+    batch = Loader(samples, 64, 2).step(0)
+    assert batch.segments.shape[1] == 17
+    more = replace(batch, segments=F.pad(batch.segments, (0, 47), value=64), longest=None)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
+             "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    for name, hf in (("qwen3", sizes), ("qwen3_moe", sizes | experts)):
+        model = models.FAMILIES[name]
+        cfg = model.config(hf | {"model_type": name})
+        params = init(model.specs(cfg), seed=0)
+
+        def share(p, batch, ops, model=model, cfg=cfg, name=name):
+            if name == "qwen3":
+                return model.loss(p, batch, cfg, ops)
+            nll, routing = model.loss_and_routing(p, batch, cfg, ops)
+            return nll + moe.balance(routing, moe.num_tokens(batch, ops), ops)
+        a, b = (value_and_grad(share)(params, given) for given in (batch, more))
+        assert torch.equal(a[0], b[0])
+        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a[1]), tree.leaves(b[1]), strict=True))
 
 
 def dealt(parts):

@@ -1,16 +1,23 @@
 """attend against plain loops, transformers' masks and sinks, and its own reference in float64; gradients too."""
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+import xtf
+from xtf import tree
+from xtf.data.batch import Sample, pack_rows, stack
 from xtf.kernels import attention
 from xtf.kernels.attention import attend, attention_pairs, reference_attend, visible
 
@@ -238,94 +245,93 @@ def test_checkpoint_drops_what_is_kept(monkeypatch):
     assert_close(out_and_gradients(again, inputs, segments=segments), expected)
 
 
-@pytest.mark.parametrize("takes", [{"scale", "window_size", "enable_gqa"}, {"is_causal"}])
-def test_cuda_flattens_packs_into_one_list_of_documents(monkeypatch, takes):
-    """The CUDA path with torch's varlen_attn replaced by a loop over its arguments, as its documentation describes
-    them."""
+def flash_on_cpu(calls):
+    """Stand-ins for the two CUDA kernels, on torch's flash kernel for CPUs: like CUDA's they take outputs and
+    logsumexps, know no sinks, and share a key-value head among a group of query heads."""
+    heads = lambda x, at, H: x[at].transpose(0, 1).repeat_interleave(H // x.shape[1], 0).unsqueeze(0)
+    back = lambda x, K: x.squeeze(0).unflatten(0, (K, -1)).sum(1).transpose(0, 1)
+
+    def parts(q, k, ends, longest, options):
+        assert ends.dtype == torch.int32 and longest >= int(ends.diff().max()) and ends[-1] == len(q)
+        left = options.get("window_size_left")
+        assert options["is_causal"] == (left is None) and options.get("window_size_right", 0) == 0
+        calls.append((len(ends) - 1, longest, left, k.shape[1]))
+        for a, b in pairwise(ends.tolist()):
+            if b > a:
+                seen = visible(segments_of([b - a]), b - a, None if left is None else left + 1)[0]
+                yield slice(a, b), {"attn_mask": torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf),
+                                    "scale": options["scale"]}
+
+    def forward(q, k, v, ends, longest, options):
+        H = q.shape[1]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        pieces = [kernel(*(heads(x, at, H) for x in (q, k, v)), **how)
+                  for at, how in parts(q, k, ends, longest, options)]
+        lse = torch.cat([lse[0].float() for _, lse in pieces], 1)
+        return torch.cat([back(o, H) for o, _ in pieces]), lse, "seed", "unused"
+
+    def backward(g, q, k, v, o, lse, ends, longest, options, state):
+        assert state == ["seed", "unused"] and lse.dtype == torch.float32
+        lse, H = lse.to(torch.promote_types(q.dtype, torch.float32)), q.shape[1]
+        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(heads(x, at, H) for x in (g, q, k, v, o)), lse[None, :, at], 0.0, False, **how)
+                  for at, how in parts(q, k, ends, longest, options)]
+        return tuple(torch.cat([back(x, n) for x in gradients])
+                     for gradients, n in zip(zip(*pieces, strict=True), (H, k.shape[1], k.shape[1]), strict=True))
+    return forward, backward
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """What the CUDA path asks of its kernels: (documents, longest, keys before the query, key-value heads) a call."""
     calls = []
+    forward, backward = flash_on_cpu(calls)
+    monkeypatch.setattr(attention, "FLASH", True)
+    monkeypatch.setattr(attention, "_flash", forward)
+    monkeypatch.setattr(attention, "_flash_backward", backward)
+    return calls
 
-    def varlen_attn(q, k, v, ends_q, ends_k, max_q, max_k, **options):
-        assert set(options) == takes and ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k)
-        assert max_q == max_k >= int(ends_q.diff().max()) and ends_q[-1] == len(q)
-        assert options.get("enable_gqa") or q.shape == k.shape
-        left, right = options.get("window_size", (-1, 0))
-        assert right == 0
-        calls.append(left)
-        out = []
-        for a, b in pairwise(ends_q):
-            at = torch.arange(int(b - a))
-            mask = (at[:, None] >= at) & (at[:, None] - at <= (left if left >= 0 else max_q))
-            heads = [x[a:b].transpose(0, 1).float() for x in (q, k, v)]
-            o = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, scale=options.get("scale"),
-                                                                 enable_gqa=True)
-            out.append(o.transpose(0, 1))
-        return torch.cat(out).to(q.dtype)
 
-    monkeypatch.setattr(attention, "VARLEN", (varlen_attn, frozenset(takes)))
+def through_cuda(q, k, v, segments, window=None, scale=None, sinks=None):
+    return attention._attend_cuda(q, k, v, segments, window, q.shape[-1] ** -0.5 if scale is None else scale, sinks)
+
+
+@pytest.mark.parametrize("window, scale", [(None, None), (1, 0.5), (4, 0.5)])
+def test_cuda_flattens_packs_into_one_list_of_documents(flash_calls, window, scale):
+    """Grouped heads go to the kernel as they are, and their gradients come back so."""
+    inputs, segments = tensors(2, 12, 4, 2, 8, torch.bfloat16), segments_of([5, 7], [2, 1, 9])
+    got = out_and_gradients(through_cuda, inputs, segments=segments, window=window, scale=scale)
+    expected = out_and_gradients(reference_attend, inputs, segments=segments, window=window, scale=scale)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a.double() - b.double()).abs().max() <= 2 ** -6 * max(1, b.double().abs().max())
+    assert flash_calls == [(6, 12, None if window is None else window - 1, 2)] * 2
+
+
+def test_cuda_pads_narrow_values_and_leaves_float64_to_the_mask(flash_calls):
     q, k, v = (x.detach() for x in tensors(2, 12, 4, 2, 8, torch.bfloat16))
     segments = segments_of([5, 7], [2, 1, 9])
-    for window, scale, sinks in ((None, 8 ** -0.5, None), (1, 0.5, None), (4, 0.5, None)):
-        got = attention._attend_cuda(q, k, v, segments, window, scale, sinks)
-        expected = reference_attend(q, k, v, segments=segments, window=window, scale=scale, sinks=sinks)
-        torch.testing.assert_close(got, expected, rtol=2 ** -7, atol=2 ** -7)    # two roundings to bf16
-    assert calls == ([-1, 0, 3] if "window_size" in takes else [-1])             # the rest went by the mask
-    # MLA's values are narrower: padded for the kernel
-    got = attention._attend_cuda(q, k, v[..., :4], segments, None, 8 ** -0.5, None)
+    got = through_cuda(q, k, v[..., :4], segments)                   # MLA's
     torch.testing.assert_close(got, reference_attend(q, k, v[..., :4], segments=segments), rtol=2 ** -7, atol=2 ** -7)
-    assert len(calls) == (4 if "window_size" in takes else 2)
+    assert len(flash_calls) == 1
     wide = [x.double() for x in (q, k, v)]
-    assert_close([attention._attend_cuda(*wide, segments, 4, 0.5, None)],
+    assert_close([through_cuda(*wide, segments, 4, 0.5)],
                  [reference_attend(*wide, segments=segments, window=4, scale=0.5)])
+    assert len(flash_calls) == 1
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-6), (torch.bfloat16, 2 ** -6)])
-def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound):
-    """The CUDA path with sinks, on torch's flash kernel for CPUs, which like CUDA's takes outputs and logsumexps and
-    knows no sinks.
-
-    Logsumexps pass through float32, so float64 agrees to that.
-    """
-    def parts(ends, options):
-        left = options.get("window_size_left")
-        assert options["is_causal"] == (left is None) and options.get("window_size_right", 0) == 0
-        for a, b in pairwise(ends.tolist()):
-            if b > a:
-                seen = visible(segments_of([b - a]), b - a, None if left is None else left + 1)[0]
-                yield slice(a, b), {"attn_mask": torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf),
-                                    "scale": options["scale"]}
-
-    heads = lambda x, at: x[at].transpose(0, 1).unsqueeze(0)
-    back = lambda x: x.squeeze(0).transpose(0, 1)
-
-    def flash(q, k, v, ends, longest, options):
-        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(heads(q, at), heads(k, at), heads(v, at),
-                                                                             **how)
-                  for at, how in parts(ends, options)]
-        lse = torch.cat([lse[0].float() for _, lse in pieces], 1)
-        return torch.cat([back(o) for o, _ in pieces]), lse, "seed", "unused"
-
-    def flash_backward(g, q, k, v, o, lse, ends, longest, options, state):
-        assert state == ["seed", "unused"] and lse.dtype == torch.float32
-        lse = lse.to(torch.promote_types(dtype, torch.float32))
-        pieces = [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            heads(g, at), *(heads(x, at) for x in (q, k, v, o)), lse[None, :, at], 0.0, False, **how)
-                  for at, how in parts(ends, options)]
-        return tuple(torch.cat([back(x) for x in gradients]) for gradients in zip(*pieces, strict=True))
-
-    # no grouped heads: they are repeated
-    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size"})))
-    monkeypatch.setattr(attention, "_flash", flash)
-    monkeypatch.setattr(attention, "_flash_backward", flash_backward)
+def test_cuda_sinks_by_a_kernel_without_sinks(flash_calls, window, dtype, bound):
+    """Logsumexps pass through float32, so float64 agrees to that."""
     inputs, segments = tensors(2, 12, 4, 2, 8, dtype, sinks=True), segments_of([5, 7], [2, 1, 9])
 
     def through(q, k, v, segments, window, sinks):
         if dtype == torch.bfloat16:
-            return attention._attend_cuda(q, k, v, segments, window, 8 ** -0.5, sinks)
-        k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
+            return through_cuda(q, k, v, segments, window, sinks=sinks)
         ends = torch.tensor([0, 5, 12, 14, 15, 24], dtype=torch.int32)
-        return attention._FlashWithSinks.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window,
-                                               8 ** -0.5).view_as(q)
+        return attention._Flash.apply(*(x.flatten(0, 1) for x in (q, k, v)), sinks, ends, 12, window,
+                                      8 ** -0.5).view_as(q)
 
     got = out_and_gradients(through, inputs, segments=segments, window=window)
     expected = out_and_gradients(reference_attend, inputs, segments=segments, window=window)
@@ -334,16 +340,80 @@ def test_cuda_sinks_by_a_kernel_without_sinks(monkeypatch, window, dtype, bound)
         assert (a.double() - b.double()).abs().max() <= bound * max(1, b.double().abs().max())
 
 
+class Recorded(TorchDispatchMode):
+    """The arguments by name of torch's own flash operators, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name.startswith("aten::_flash_attention"):
+            names = [a.name for a in func._schema.arguments]
+            self.calls.append(dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
-def test_cuda_sinks_are_an_operator_of_torch_with_these_arguments(monkeypatch, window):
-    """Shapes and dtypes through the real operators, without data."""
-    monkeypatch.setattr(attention, "VARLEN", (object, frozenset({"scale", "window_size", "enable_gqa"})))
+def test_cuda_calls_operators_of_torch_with_these_arguments(window, sinks):
+    """Shapes and dtypes through the real operators, without data. Without a window none is given: torch 2.11's adapter
+    to FlashAttention 4 refuses to go backward at any number, that of no window too."""
     inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
               for shape in ((2, 12, 4, 64), (2, 12, 2, 64), (2, 12, 2, 64), (4,))]
-    o = attention._attend_cuda(*inputs[:3], torch.zeros(2, 4, dtype=torch.int32, device="meta"), window, 0.125,
-                               inputs[3])
-    assert o.shape == inputs[0].shape and o.dtype == torch.bfloat16
-    assert [(g.shape, g.dtype) for g in torch.autograd.grad(o.sum(), inputs)] == [(x.shape, x.dtype) for x in inputs]
+    inputs = inputs if sinks else inputs[:3]
+    with Recorded() as seen:
+        o = attend(*inputs[:3], segments=torch.zeros(2, 4, dtype=torch.int32, device="meta"), window=window,
+                   sinks=inputs[3] if sinks else None)
+        assert o.shape == inputs[0].shape and o.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(o.sum(), inputs)
+    assert [(g.shape, g.dtype) for g in gradients] == [(x.shape, x.dtype) for x in inputs]
+    assert len(seen.calls) == 2
+    for call in seen.calls:
+        assert call["key"].shape == call["value"].shape == (24, 2, 64)
+        assert call["max_q"] == call["max_k"] == 12
+        windows = call.get("window_size_left"), call.get("window_size_right")
+        assert windows == ((None, None) if window is None else (4, 0))
+
+
+# dynamo makes an instance of each autograd function that it traces
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
+def test_cuda_is_told_how_long_documents_are():
+    """Through slices for micro-batches, moves and torch.compile, which compiles each bound once and knows it again."""
+    packs = [pack_rows([[Sample([1] * n, [1] * n) for n in lengths]], 64, 21) for lengths in ([3] * 20, [20, 20], [9])]
+    assert [one.longest for one in packs] == [4, 32, 64]             # the last one's padding is a document too
+    assert stack(packs[:2]).segments.longest == 32
+    assert stack([replace(packs[0], longest=None), packs[1]]).longest is None
+
+    compiled = []
+
+    def note(graph, inputs):
+        compiled.extend(node.args[5] for node in graph.graph.nodes if "_flash_attention_forward" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    jitted = torch.compile(attend, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=note))
+    for longest in (32, 64, 32):
+        n = longest // 2 + 1
+        given = tree.tree_map(lambda x: x.to("meta"), pack_rows([[Sample([1] * n, [1] * n)] * (64 // n)] * 2, 64, 16))
+        seen = []
+
+        def share(p, batch, ops, seen=seen):
+            q = (p["w"] * batch.input_ids[..., None, None]).expand(-1, -1, 2, 64).bfloat16()
+            with Recorded() as calls:
+                out = ops.attend(q, q, q, segments=batch.segments).sum()
+            seen.extend((call["max_q"], len(call["cum_seq_q"])) for call in calls.calls)
+            return (out + jitted(q, q, q, segments=batch.segments).sum()).float()
+        params = {"w": torch.ones(1, device="meta", requires_grad=True)}
+        xtf.microbatch(xtf.value_and_grad(share), 2)(params, given)
+        assert seen == [(longest, 17)] * 2
+    assert compiled == [32, 64]
+
+
+def test_segments_longer_than_their_batch_says_are_refused():
+    batch = pack_rows([[Sample([1] * 5, [1] * 5)] * 12], 60, 16)
+    assert batch.longest == batch.segments.longest == 8
+    with pytest.raises(ValueError, match="10 positions, but longest is 8"):
+        replace(batch, segments=batch.segments[:, ::2])
 
 
 def test_errors_say_what_does_not_fit():

@@ -222,16 +222,24 @@ def test_narrow_products_lose_no_more_than_their_rounding(monkeypatch, dtype, co
         assert ((a.double() - b).abs() <= unit * size).all()
 
 
-def test_the_way_of_an_accelerator(monkeypatch):
-    """`F.grouped_mm`, which leaves rows past the last offset and weights of experts without rows as they were: on CPU
-    it runs in float32."""
-    leaves = gated_leaves(torch.float32)
-    exact = value_and_gradients(gated, [x.detach().double().requires_grad_() for x in leaves])
-    calls = []
+class Calls(list):
+    """What was called, in order."""
+
+
+@pytest.fixture
+def grouped_mm(monkeypatch):
+    """`F.grouped_mm` as CUDA has it: it refuses rows that are no multiple of 16 bytes of bf16, and leaves rows past the
+    last offset and weights of experts without rows as they were. On CPU it runs in float32. Returns the list of its
+    operands' shapes; what ran before `calls.start()` ran as on a CPU."""
+    calls = Calls()
     real = torch.nn.functional.grouped_mm
 
     def spoilt(a, b, *, offs):
-        calls.append(1)
+        for x in (a, b):
+            (rows, columns), (down, across) = x.shape[-2:], x.stride()[-2:]
+            wide = (down, columns) if across == 1 else (across, rows)
+            assert 1 in (across, down) and wide[0] >= wide[1] and wide[0] % 8 == 0
+        calls.append((tuple(a.shape), tuple(b.shape)))
         y = real(a, b, offs=offs)
         if b.dim() == 3:
             y[offs[-1]:] = torch.nan
@@ -239,11 +247,48 @@ def test_the_way_of_an_accelerator(monkeypatch):
             y[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
         return y
 
-    monkeypatch.setattr(kernel.F, "grouped_mm", spoilt)
-    monkeypatch.setattr(kernel, "_grouped_on_device", lambda *_: True)
+    def host(*_):
+        raise AssertionError("the host waits for the offsets")
+
+    def start():
+        monkeypatch.setattr(kernel.F, "grouped_mm", spoilt)
+        monkeypatch.setattr(kernel, "_grouped_on_device", lambda *xs: all(x.numel() for x in xs))
+        monkeypatch.setattr(kernel, "_sizes", host)
+    calls.start = start
+    return calls
+
+
+def test_the_way_of_an_accelerator(grouped_mm):
+    leaves = gated_leaves(torch.float32)
+    exact = value_and_gradients(gated, [x.detach().double().requires_grad_() for x in leaves])
+    grouped_mm.start()
     for a, b in zip(value_and_gradients(gated, leaves), exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-    assert len(calls) == 9
+    assert len(grouped_mm) == 9
+
+
+@pytest.mark.parametrize("D, width", [(16, 24), (16, 4), (16, 12), (20, 1), (7, 9)])
+def test_widths_that_are_no_multiple_of_16_bytes_go_to_the_accelerators_kernel(grouped_mm, D, width):
+    """An adapter's rank of 4 or 12, say: with zeros after it, which change no value and no gradient."""
+    x, weight, bias = (leaf(*shape, seed=i, dtype=torch.float32) for i, shape in
+                       enumerate([(11, D), (3, width, D), (3, width)]))
+    offsets, g = torch.tensor([4, 4, 9]), torch.randn(11, width)
+    grouped_mm.start()
+    got = grouped_linear(x, {"weight": weight, "bias": bias}, offsets)
+    gradients = torch.autograd.grad(got, (x, weight, bias), g)
+    expected = kernel.reference_grouped_linear(x, weight, bias, offsets)
+    for a, b in zip((got, *gradients), (expected, *torch.autograd.grad(expected, (x, weight, bias), g)), strict=True):
+        assert a.shape == b.shape and a.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(grouped_mm) == 3 and all(n % 8 == 0 for a, b in grouped_mm[:2] for n in (a[1], *b[1:]))
+
+
+def test_no_rows_wait_for_nobody(grouped_mm):
+    x, weight, bias = leaf(0, 8), leaf(3, 8, 8), leaf(3, 8)
+    grouped_mm.start()
+    y = grouped_linear(x, {"weight": weight, "bias": bias}, torch.zeros(3, dtype=torch.int64))
+    dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert y.shape == dx.shape == (0, 8) and not dweight.any() and not dbias.any() and not grouped_mm
 
 
 def test_rows_past_the_last_offset_are_zeros_whatever_they_hold():

@@ -4,6 +4,7 @@
 """
 import copy
 import io
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtf import device, tree
 from xtf.layout import like, local
@@ -414,3 +416,57 @@ def test_leaves_that_are_not_contiguous(donate):
     (u, new), (expected, expected_new) = step(lambda x: x.t().contiguous().t()), step(torch.clone)
     for a, b in ((u, expected), (new["m"], expected_new["m"]), (new["v"], expected_new["v"])):
         assert torch.equal(a["w"], b["w"])
+
+
+class Scalars(TorchDispatchMode):
+    """Notes operators that have a tensor, or a list, and a scalar tensor of a wider dtype beside it: on CUDA lists go
+    leaf by leaf then, and tensors through a kernel that converts as it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixed = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        floats = [x for x in tree.leaves((*args, *(kwargs or {}).values()))
+                  if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        wide = {torch.promote_types(x.dtype, torch.float32) for x in floats if x.ndim}
+        lists = [{x.dtype for x in a} for a in args if isinstance(a, list) and a and isinstance(a[0], torch.Tensor)]
+        name = func._schema.name
+        scalars = {x.dtype for x in floats if not x.ndim}
+        if (wide and scalars - wide) or (name.startswith("aten::_foreach_mul") and any(len(one) > 1 for one in lists)):
+            self.mixed.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_scalars_have_the_dtype_of_what_they_multiply(monkeypatch, fused):
+    monkeypatch.setattr(device, "has_fused_adamw", lambda where: fused)
+    lr = schedules.cosine(0.1, 10)
+    txs = adamw(lr), adamw(lr, moments="int8"), sgd(lr, momentum=0.9, weight_decay=0.1), lion(lr), muon(lr)
+    for tx, dtype in itertools.product(txs, (torch.float32, torch.bfloat16, torch.float64)):
+        g = torch.Generator().manual_seed(0)
+        params = {"w": torch.randn(64, 80, generator=g).to(dtype).requires_grad_(),
+                  "other": torch.randn(3, 5, generator=g).to(torch.float32).requires_grad_()}
+        tx = chain(clip_by_global_norm(0.1), tx)
+        grads, state = make_grads(params, 1), tx.init(params)
+        with Scalars() as seen:
+            tx.update(grads, state, params, ok=torch.tensor(True))
+        # CPU's fused kernel reads the learning rate in any dtype, CUDA's is given a float32
+        assert not seen.mixed - {"aten::copy_", "aten::_fused_adamw_"}, dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_clipping_rounds_as_torch_rounds_a_float64_scalar(dtype):
+    params = make_params(dtype) | {"wide": torch.ones(3, dtype=torch.float64, requires_grad=True)}
+    grads, tx = make_grads(params, 3), clip_by_global_norm(0.37)
+    expected = clone(grads)
+    norm = LOCAL.norm(grads).double()
+    for g in tree.leaves(expected):
+        if g is not None:
+            g.detach().mul_((0.37 / norm).clamp(max=1))
+    got, _ = tx.update(grads, tx.init(params), params, norm=norm)
+    for a, b in zip(tree.leaves(got), tree.leaves(expected), strict=True):
+        if a is None or a.ndim:
+            assert a is b is None or torch.equal(a, b)
+        else:                                                        # two scalars are multiplied in float64
+            torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=0)

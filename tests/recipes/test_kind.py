@@ -2,13 +2,14 @@
 flag of the optimizer or of evaluation is a change to one file of xtf/cli."""
 import ast
 import dataclasses
+import json
 from itertools import pairwise
 
 import pytest
 import torch
 
 from tests.recipes.test_sft import ROOT, recipe
-from xtf import cli
+from xtf import cli, device
 from xtf.cli._optimizer import OptimizerFlags, PretrainOptimizerFlags
 from xtf.cli.evaluation import EvaluationFlags
 
@@ -54,6 +55,23 @@ def test_fp8_is_not_offered(capsys):
     with pytest.raises(SystemExit):
         cli.parse(cli.Flags, ["--help"])
     assert "--dtype {fp32,bf16,fp64}" in capsys.readouterr().out
+
+
+def test_bf16_is_the_default_of_an_accelerator_and_a_resumed_run_keeps_its_own(tmp_path, monkeypatch):
+    parse = lambda *more: cli.parse(cli.Flags, ["--model", ".", "--data", ".", "--out", str(tmp_path), *more]).dtype
+    assert parse() == parse("--resume", "auto") == "fp32"
+    for kind in ("xpu", "cuda"):
+        monkeypatch.setattr(device, "device", lambda kind=kind: torch.device(kind, 0))
+        assert parse() == parse("--resume", "auto") == "bf16" and parse("--dtype", "fp32") == "fp32"
+    # of the runs that are recorded the last one counts
+    record = {"runs": [{"flags": {"dtype": "fp64"}}, {"flags": {"dtype": "fp32"}}], "finished": None}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert parse("--resume", "auto") == parse("--resume", str(tmp_path / "checkpoints" / "7")) == "fp32"
+    assert parse("--resume", "auto", "--dtype", "bf16") == parse("--resume", "auto", "--dtype=bf16") == "bf16"
+    assert parse() == "bf16"                                         # begins anew
+    for broken in ("{", "[]", '{"runs": []}', '{"runs": [{"flags": {"dtype": "fp7"}}]}'):
+        (tmp_path / "run.json").write_text(broken)
+        assert parse("--resume", "auto") == "bf16"                   # `Run` says what is wrong with it
 
 
 def test_no_flag_is_said_with_a_line_break():

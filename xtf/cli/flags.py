@@ -2,11 +2,13 @@
 
 What is said of a flag on more than one line stands in parentheses: --help would break the lines of a docstring too.
 """
+import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
@@ -35,9 +37,10 @@ class SourceFlags:
 class Flags(OptimizerFlags, EvaluationFlags, SourceFlags):          # --help has them from right to left
     """Flags of a fine-tuning recipe."""
     seed: int = 0
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
-    ("Computation; parameters and reductions are fp32, but for fp64, which is float64 throughout: to tell mistakes "
-     "from rounding.")
+    dtype: Literal["fp32", "bf16", "fp64"] = field(
+        default_factory=lambda: "fp32" if device.device().type == "cpu" else "bf16")
+    ("Computation, by default bf16 on an accelerator and fp32 on a CPU, or what a resumed run was started with. "
+     "Parameters and reductions are fp32, but for fp64, which is float64 throughout: to tell mistakes from rounding.")
     mesh: str = ""
     ("Sizes of dp, ep, sp, replicate, e.g. dp=2,sp=2; those unnamed are 1 (dp alone takes all ranks if none is "
      "named).")
@@ -142,6 +145,8 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
     if "--dtype=fp8" in words or ("--dtype", "fp8") in pairwise(words):
         raise SystemExit("--dtype fp8: not supported yet; use fp32 or bf16")
     flags = tyro.cli(kind, args=words, description=description)
+    if flags.resume and not any(word == "--dtype" or word.startswith("--dtype=") for word in words):
+        flags = replace(flags, dtype=_started_with(flags) or flags.dtype)
     for name in ("steps", "seq_len", "batch_tokens", "keep", "max_skipped"):
         if getattr(flags, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
@@ -165,3 +170,16 @@ def parse(kind: type[F], argv: Sequence[str] | None = None, description: str | N
     if flags.keep_best and not (flags.eval_data or flags.eval_fraction):
         raise SystemExit("--keep-best: needs a held-out loss to go by; give --eval-data or --eval-fraction")
     return flags
+
+
+def _started_with(flags: Flags) -> Literal["fp32", "bf16", "fp64"] | None:
+    """The --dtype of the run that --resume goes on with, from its run.json: the machine may be another one now.
+
+    None where nothing is recorded; what is wrong with a record that is there, `Run` says.
+    """
+    folder = Path(flags.out) if flags.resume == "auto" else Path(flags.resume or "").parent.parent
+    try:
+        dtype = json.loads((folder / "run.json").read_text())["runs"][-1]["flags"]["dtype"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return dtype if dtype in ("fp32", "bf16", "fp64") else None

@@ -1,9 +1,9 @@
 """The batch: packs of documents as one pytree, and the part of a batch that belongs to one rank.
 
-P: packs, T: positions of a pack, S: documents of a pack (static), n: tokens of one sample.
+P: packs, T: positions of a pack, S: documents that a pack has room for, n: tokens of one sample.
 """
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from xtf import tree
+from xtf.kernels import functorch_active, is_fake
 from xtf.layout import PACK_AXES
 
 POSITION_AXIS = "sp"                   # ranks that differ in this one hold other positions of the same packs
@@ -35,6 +36,9 @@ class Batch:
         ends).
     loss_mask [P,T] float32, 0 at each document's last position. positions [P,T] int64, restarting in each document.
     segments [P,S+1] int32: cumulative document lengths from 0 to T, then T repeated.
+    longest: no document, padding among them, has more positions; None: T. It is a number that the host knows, so that
+        attention on CUDA need not wait for the device to learn it: `segments` tells it as `segments.longest`. As a
+        static field it goes along through `tree_map`; it belongs to `segments`, so give both anew or neither.
     lengths [P] int64: how many of a pack's positions are text; what follows is padding, which experts never see. By
         default all are.
 
@@ -46,17 +50,54 @@ class Batch:
     positions: torch.Tensor
     segments: torch.Tensor
     lengths: torch.Tensor = None  # pyright: ignore[reportAssignmentType]
+    longest: int | None = field(default=None, metadata={"static": True})
 
     def __post_init__(self):
+        if self.longest is not None and isinstance(self.segments, torch.Tensor):
+            _tell(self.segments, self.longest)
         if self.lengths is None and isinstance(self.input_ids, torch.Tensor):
             P, T = self.input_ids.shape
             object.__setattr__(self, "lengths", torch.full((P,), T, device=self.input_ids.device))
 
 
+def _tell(segments: torch.Tensor, longest: int) -> None:
+    """Let the tensor say how long its documents are, if they are: a kernel would leave out what is beyond.
+
+    Raises ValueError on the CPU; on CUDA, which is not waited for, its own assertion does.
+    """
+    if not (is_fake(segments) or functorch_active()) and segments.device.type in ("cpu", "cuda"):
+        fits = (segments.diff(dim=1) <= longest).all()
+        if segments.is_cuda:
+            torch._assert_async(fits, f"Batch: a document is longer than longest={longest}")
+        elif not fits:
+            raise ValueError(f"Batch: a document has {int(segments.diff(dim=1).max())} positions, but longest is "
+                             f"{longest}; give both anew")
+    segments.longest = longest  # type: ignore[attr-defined]  # torch.compile guards it, views and copies are told anew
+
+
+def room(documents: int, most: int | None = None) -> int:
+    """S for packs of so many documents: the next power of two, so that shapes are few (each is compiled once more); at
+    least 16, below which nothing is saved; no more than `most`.
+
+    >>> room(3), room(65), room(65, most=100)
+    (16, 128, 100)
+    """
+    wanted = max(16, next_power_of_two(documents))
+    return wanted if most is None else min(wanted, most)
+
+
+def next_power_of_two(n: int) -> int:
+    """
+    >>> [next_power_of_two(n) for n in (1, 2, 3, 64, 65)]
+    [1, 2, 4, 64, 128]
+    """
+    return 1 << (n - 1).bit_length()
+
+
 def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
     """One pack (P = 1) of `seq_len` positions from samples that fit into it together; of no samples, all padding.
 
-    `max_documents` is the static S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can
+    `max_documents` is S; padding counts as one document. A sample may be any pair (ids, mask) that numpy can
     read.
 
     Raises ValueError if the samples are too long or too many, or if one is empty or has a mask of another length.
@@ -70,8 +111,8 @@ def pack(samples: Sequence[Sample], seq_len: int, max_documents: int) -> Batch:
     return pack_rows([samples], seq_len, max_documents)
 
 
-def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int) -> Batch:
-    """`pack` for several packs at once: P = len(rows).
+def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int, longest: int | None = None) -> Batch:
+    """`pack` for several packs at once: P = len(rows). `longest` as `Batch` has it; by default it is looked up.
 
     >>> pack_rows([[Sample([5, 6], [0, 1])], []], seq_len=3, max_documents=2).input_ids.tolist()
     [[5, 6, 0], [0, 0, 0]]
@@ -105,7 +146,9 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
         if start < seq_len:                                          # padding is a document too
             segments[row, len(samples)] = start
             positions[row, start:] -= start
-    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments, lengths)))
+    if longest is None:
+        longest = min(seq_len, next_power_of_two(int(np.diff(segments).max(initial=1))))
+    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments, lengths)), longest)
 
 
 def stack(packs: Sequence[Batch]) -> Batch:
@@ -115,7 +158,10 @@ def stack(packs: Sequence[Batch]) -> Batch:
     >>> stack([one, one, one]).segments.shape
     torch.Size([3, 3])
     """
-    return tree.tree_map(lambda *xs: torch.cat(xs), packs[0], *packs[1:])
+    bounds = [batch.longest for batch in packs]
+    longest = None if None in bounds else max(bounds)  # pyright: ignore[reportArgumentType]
+    alike = [replace(batch, longest=longest) for batch in packs]
+    return tree.tree_map(lambda *xs: torch.cat(xs), *alike)
 
 
 def cut(batch: Batch, mesh: DeviceMesh | None) -> Batch:

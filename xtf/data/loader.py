@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf.data.batch import Batch, Sample, cut_positions, pack_rows, share
+from xtf.data.batch import Batch, Sample, cut_positions, next_power_of_two, pack_rows, room, share
 from xtf.data.dataset import Dataset
 from xtf.data.mix import Progress, Source, Window, draw, longest
 from xtf.data.packing import best_fit
@@ -27,8 +27,21 @@ WINDOW = (4096, 1 << 16)               # ... but are at least and at most so man
 
 
 def default_max_documents(seq_len: int) -> int:
-    """The static number of a pack's documents by default: room for samples of 16 tokens on average, at least 16."""
+    """How many documents a pack may have by default: room for samples of 16 tokens on average, at least 16."""
     return max(16, seq_len // 16)
+
+
+def _bounds(lengths: Sequence[Sequence[int] | np.ndarray], seq_len: int, max_documents: int) -> tuple[int, int]:
+    """(S, `longest`) of a global batch with documents of these lengths, pack by pack: the same on every rank.
+
+    Both are powers of two where that is no more than allowed: each pair is compiled once.
+
+    >>> _bounds([[3, 1], [2]], seq_len=8, max_documents=100), _bounds([[3] * 30], seq_len=200, max_documents=100)
+    ((16, 8), (32, 128))
+    """
+    with_padding = [[*map(int, row), *([seq_len - int(sum(row))] if sum(row) < seq_len else [])] for row in lengths]
+    return (room(max(map(len, with_padding)), max_documents),
+            min(seq_len, next_power_of_two(max(map(max, with_padding)))))
 
 
 class Listed:
@@ -80,8 +93,9 @@ class Loader:
     several sources is one pass over the one that lasts longest. `step(i, mesh)` is a function of i: it may be asked for
     in any order (from several threads), cheapest in ascending. A step's packs are sorted by their cost in attention
     (the sum of squared lengths) and dealt to the ranks in turn. With `group_by_length` packs of like cost come in one
-    step (the steps of a window in random order). `max_documents` is the static S of `Batch`; `window` is how many
-    samples are looked at ahead, by default what fills about a thousand packs.
+    step (the steps of a window in random order). `max_documents` is how many documents a pack may have, padding
+    among them (a batch's S is the next power of two of those that are there); `window` is how many samples are looked
+    at ahead, by default what fills about a thousand packs.
 
     Raises ValueError if there is no sample, a sample is longer than seq_len, or `packs_per_step` is below 1.
 
@@ -125,9 +139,11 @@ class Loader:
     def step(self, i: int, mesh: DeviceMesh | None = None) -> Batch:
         """This rank's part of step i's global batch: `cut(step(i), mesh)`. Raises ValueError where `cut` does."""
         rows, columns = share(self.packs_per_step, self.seq_len, mesh)
+        all_packs = self._packs(i)
+        shape = _bounds([w.length[places] for w, places in all_packs], self.seq_len, self.max_documents)
         packs = [[self.data[w.source[k]].data.read(int(w.start[k]), int(w.length[k])) for k in places]
-                 for w, places in self._packs(i)[rows]]
-        return cut_positions(pack_rows(packs, self.seq_len, self.max_documents), columns)
+                 for w, places in all_packs[rows]]
+        return cut_positions(pack_rows(packs, self.seq_len, *shape), columns)
 
     def stream(self, start: int = 0, mesh: DeviceMesh | None = None, depth: int = 2) -> Iterator[Batch]:
         """The endless steps from `start` on, made by a thread up to `depth` ahead; pinned if there is an accelerator.
@@ -278,8 +294,9 @@ def eval_batches(samples: Any, seq_len: int, packs_per_batch: int = 1, mesh: Dev
     all_packs = packs()
     while batch := list(itertools.islice(all_packs, packs_per_batch)):
         batch += [[] for _ in range(packs_per_batch - len(batch))]
+        shape = _bounds([[length for *_, length in p] for p in batch], seq_len, max_documents)
         mine = [[data.read(start, length) for data, start, length in p] for p in batch[rows]]
-        yield cut_positions(pack_rows(mine, seq_len, max_documents), columns)
+        yield cut_positions(pack_rows(mine, seq_len, *shape), columns)
 
 
 def split_off(samples: Any, fraction: float, seed: int = 0) -> tuple[Any, Any]:

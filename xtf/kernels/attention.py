@@ -8,7 +8,6 @@ P packs   T positions of a pack   S documents   H query heads   K key-value head
 e head dim of values (MLA's differs from d)   B queries of a block   R = B * G its rows   W keys that it meets
 """
 import bisect
-import inspect
 from collections.abc import Callable, MutableMapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ def attend(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, *, segments: Tensor, 
     `segments` [P, S + 1] int32: cumulative document lengths, from 0, padded with T. `window` w: a query sees itself and
     the w - 1 tokens before it. `scale` multiplies the scores (default d ** -0.5). `sinks` [H]: the score of one more
     key, with value zero, that every query sees (GPT-OSS). Query heads in groups of H / K share a key-value head.
-    Statistics are in at least float32.
+    Statistics are in at least float32. On CUDA `segments.longest`, as a `Batch` tells it, spares empty blocks.
 
     Raises ValueError where shapes do not fit.
 
@@ -335,66 +334,59 @@ def _flops_backward(g, q, k, v, sinks, segments, window, scale, *, out_val=None,
 
 # ---------------------------------------------------------------- accelerators
 
-def _load_varlen() -> tuple[Callable[..., Any] | None, frozenset[str]]:
-    """torch's flash attention over varying lengths and its arguments' names, which changed between releases.
-
-    A second to import.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None, frozenset()
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
-
-
-VARLEN = _load_varlen() if torch.version.cuda or torch.version.hip else (None, frozenset())
+# Asked once: whether this torch was built with flash attention. The device `meta` stands for one that was.
+FLASH = bool(torch.version.cuda or torch.version.hip) and torch.backends.cuda.is_flash_attention_available()
 
 
 def _attend_cuda(q_PTHd: Tensor, k_PTKd: Tensor, v_PTKe: Tensor, segments: Tensor, window: int | None, scale: float,
                  sinks: Tensor | None) -> Tensor:
-    """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask."""
-    (varlen, takes), (P, T, H, d), e = _load_varlen() if q_PTHd.is_meta else VARLEN, q_PTHd.shape, v_PTKe.shape[3]
-    if (varlen is None or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256 or e > d
-            or (window is not None and "window_size" not in takes) or (scale != d ** -0.5 and "scale" not in takes)):
+    """Flash attention over one list of cumulative lengths, made on the device; what it does not take, by a mask.
+
+    The kernel starts blocks for each document as if it were the longest, whose length the host has to know: it is what
+    `xtf.data.Batch` tells with its segments, or else all of T.
+    """
+    (P, T, _, d), e = q_PTHd.shape, v_PTKe.shape[3]
+    if not (FLASH or q_PTHd.is_meta) or q_PTHd.dtype.itemsize != 2 or d % 8 or d > 256 or e > d:
         return _attend_masked(q_PTHd, k_PTKd, v_PTKe, segments, window, scale, sinks)
     first_P1 = torch.arange(0, P * T, T, device=segments.device, dtype=torch.int32)[:, None]
     ends = F.pad((segments[:, :-1] + first_P1).flatten(), (0, 1), value=P * T)  # documents of no token are harmless
     q, k, v = (x.flatten(0, 1) for x in (q_PTHd, k_PTKd, F.pad(v_PTKe, (0, d - e)) if e < d else v_PTKe))
-    options: dict[str, Any] = {"scale": scale} if "scale" in takes else {}
-    back = -1 if window is None else window - 1
-    options |= {"window_size": (back, 0)} if "window_size" in takes else {"is_causal": True}
-    if "enable_gqa" in takes:
-        options["enable_gqa"] = k.shape[1] != H
-    else:
-        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
-    if sinks is not None:
-        return _FlashWithSinks.apply(q, k, v, sinks, ends, T, window, scale).unflatten(0, (P, T))[..., :e]  # type: ignore[union-attr]
-    return varlen(q, k, v, ends, ends, T, T, **options).unflatten(0, (P, T))[..., :e]
+    longest = getattr(segments, "longest", T)                        # torch.compile guards it like any other number
+    o = _Flash.apply(q, k, v, sinks, ends, longest, window, scale)
+    return o.unflatten(0, (P, T))[..., :e]  # type: ignore[union-attr]
 
 
-class _FlashWithSinks(torch.autograd.Function):
-    """Flash attention [N, H, d] whose softmax has one more key, of which the kernel knows nothing.
+class _Flash(torch.autograd.Function):
+    """Flash attention [N, H, d], grouped heads as they are; and its softmax may have one more key, a sink, of which the
+    kernel knows nothing.
 
-    Outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs and the grown
-    logsumexp: its probabilities are exp(score - logsumexp), and what it subtracts from their gradients is
+    The kernel itself is called, not torch.nn.attention.varlen: in torch 2.11 that knows no grouped heads, though the
+    kernel does, and gives a window (-1, 0) where there is none, with which FlashAttention 4 refuses to go backward.
+
+    With sinks outputs shrink by the sink's part of the total. Backward is the kernel's own, given the shrunk outputs
+    and the grown logsumexp: its probabilities are exp(score - logsumexp), and what it subtracts from their gradients is
     grad · output, also where a key has value zero.
     """
     @staticmethod
     def forward(ctx, q, k, v, sinks, ends, longest, window, scale):
         ctx.longest, ctx.options = longest, _flash_options(window, scale)
         o, lse_HN, *ctx.state = _flash(q, k, v, ends, longest, ctx.options)
-        total_HN = torch.logaddexp(lse_HN, sinks.float()[:, None])
-        o = (o * (lse_HN - total_HN).exp().T[..., None]).to(o.dtype)
-        ctx.save_for_backward(q, k, v, sinks, ends, o, total_HN)
+        if sinks is not None:
+            total_HN = torch.logaddexp(lse_HN, sinks.float()[:, None])
+            o, lse_HN = (o * (lse_HN - total_HN).exp().T[..., None]).to(o.dtype), total_HN
+        ctx.save_for_backward(q, k, v, sinks, ends, o, lse_HN)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q, k, v, sinks, ends, o, total_HN = ctx.saved_tensors
-        dq, dk, dv = _flash_backward(g.contiguous(), q, k, v, o, total_HN, ends, ctx.longest, ctx.options, ctx.state)
-        dsinks = -((sinks.float()[:, None] - total_HN).exp() * (g.float() * o.float()).sum(-1).T).sum(1)
-        return dq, dk, dv, dsinks.to(sinks.dtype), None, None, None, None
+        q, k, v, sinks, ends, o, lse_HN = ctx.saved_tensors
+        dq, dk, dv = _flash_backward(g.contiguous(), q, k, v, o, lse_HN, ends, ctx.longest, ctx.options, ctx.state)
+        dsinks = None
+        if sinks is not None:
+            dsinks = -((sinks.float()[:, None] - lse_HN).exp() * (g.float() * o.float()).sum(-1).T).sum(1)
+            dsinks = dsinks.to(sinks.dtype)
+        return dq, dk, dv, dsinks, None, None, None, None
 
 
 def _flash_options(window: int | None, scale: float) -> dict[str, Any]:

@@ -232,9 +232,19 @@ def _sizes(offsets_E: Tensor, num_rows: int) -> list[int]:
     return [end - start for start, end in pairwise(ends)]
 
 
+ALIGNED = 8                            # numbers of bf16 in 16 bytes, of which F.grouped_mm wants rows to be a multiple
+
+
 def _grouped_on_device(*operands: Tensor) -> bool:
-    """Whether `F.grouped_mm` takes them: bf16 on CUDA, rows of a multiple of 16 bytes, some of them."""
-    return all(x.is_cuda and x.dtype is torch.bfloat16 and x.shape[-1] % 8 == 0 and x.numel() for x in operands)
+    """Whether `F.grouped_mm` takes them, once they are aligned: bf16 on CUDA, some of it."""
+    return all(x.is_cuda and x.dtype is torch.bfloat16 and x.numel() for x in operands)
+
+
+def _aligned(*operands: Tensor, dims: int = 1) -> list[Tensor]:
+    """Operands with zeros after each of the last `dims` dims that is no multiple of 16 bytes (an adapter's rank of 4):
+    they add nothing to a product."""
+    gaps = [[gap for size in reversed(x.shape[-dims:]) for gap in (0, -size % ALIGNED)] for x in operands]
+    return [F.pad(x, gap) if any(gap) else x for x, gap in zip(operands, gaps, strict=True)]
 
 
 def _expert_of_row(offsets_E: Tensor, num_rows: int) -> Tensor:
@@ -250,8 +260,11 @@ def _past_the_end(y: Tensor, offsets_E: Tensor) -> Tensor:
 @torch.library.custom_op("xtf::grouped_linear", mutates_args=())
 def _grouped(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     N, (E, num_out, _) = len(x), weight.shape
-    if _grouped_on_device(x, weight, weight.transpose(1, 2)):
-        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets.to(torch.int32))
+    if not N:                                                        # and no need to wait for offsets
+        return x.new_zeros(0, num_out)
+    if _grouped_on_device(x, weight):
+        (x,), (weight,) = _aligned(x), _aligned(weight, dims=2)
+        y = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets.to(torch.int32))[:, :num_out].contiguous()
         if bias is not None:
             y += bias.to(y.dtype)[_expert_of_row(offsets, N).clamp_(max=E - 1)]
         return _past_the_end(y, offsets)
@@ -275,13 +288,18 @@ def _grouped_backward(g: Tensor, x: Tensor | None, weight: Tensor, offsets: Tens
     """Gradients of x, the weight (where `x` is given) and the bias (at least float32); empty where not needed."""
     N, E, dtype = len(g), len(weight), product_dtype(g.dtype, g.device)
     dx, dweight, dbias = _empty_gradients(g, x, weight, offsets, needs_x, needs_bias)
+    if not N:
+        return dx, dweight.zero_(), dbias.zero_()
     g = g.contiguous()
-    if _grouped_on_device(g, weight, weight.transpose(1, 2)):
+    if _grouped_on_device(g, weight):
+        (g_al, *x_al), (w_al,) = _aligned(g, *(() if x is None else (x,))), _aligned(weight, dims=2)
+        offs, (_, num_out, D) = offsets.to(torch.int32), weight.shape
         if needs_x:
-            dx = _past_the_end(F.grouped_mm(g, weight, offs=offsets.to(torch.int32)), offsets)
+            dx = _past_the_end(F.grouped_mm(g_al, w_al, offs=offs)[:, :D].contiguous(), offsets)
         if x is not None:  # of experts without rows it is garbage on some devices
             rows_E = offsets.diff(prepend=offsets.new_zeros(1))
-            dweight = F.grouped_mm(g.T, x, offs=offsets.to(torch.int32)).masked_fill_((rows_E == 0)[:, None, None], 0)
+            dweight = F.grouped_mm(g_al.T, *x_al, offs=offs)[:, :num_out, :D].contiguous()
+            dweight.masked_fill_((rows_E == 0)[:, None, None], 0)
         if needs_bias:  # rows of an expert summed by a product: no atomics
             of_EN = _expert_of_row(offsets, N) == torch.arange(E, device=g.device)[:, None]
             dbias = (of_EN.to(g.dtype) @ g).to(dbias.dtype)

@@ -10,7 +10,7 @@ from xtf import device, tree
 from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
 from xtf.optim import moments as M
-from xtf.optim.core import Mask, Optimizer, count, known, refusal
+from xtf.optim.core import Mask, Optimizer, count, known, of_dtype, refusal
 from xtf.optim.schedules import Schedule
 
 
@@ -139,7 +139,7 @@ def _plain(xs: list, gs: list, ms: list, vs: list, *, step: torch.Tensor, skip: 
     root = torch._foreach_sqrt(vs)
     torch._foreach_div_(root, (-torch.expm1(step * math.log(beta2))).sqrt())  # 1 - beta2^step without cancellation
     torch._foreach_add_(root, eps)
-    torch._foreach_div_(root, lr / torch.expm1(step * math.log(beta1)))
+    torch._foreach_div_(root, of_dtype(lr / torch.expm1(step * math.log(beta1)), step.dtype))
     torch._foreach_addcdiv_(xs, ms, root)
     for new, was in zip((*xs, *ms, *vs), old or (), strict=False):
         new.copy_(torch.where(skip.bool(), was, new))  # pyright: ignore

@@ -8,7 +8,7 @@ from xtf import tree
 from xtf.kernels import product_dtype
 from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
-from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, refusal
+from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, of_dtype, refusal
 from xtf.optim.schedules import Schedule
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
@@ -93,7 +93,8 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
             scale = 0.2 * math.sqrt(max(a, b)) if adjust == "match_rms_adamw" else math.sqrt(max(1, a / b))
             o = local(next(turned)).to(old.dtype)
             decay = weight_decay if mask is None or mask(path, p) else 0.0
-            u = local(g).to(old.dtype).copy_(chosen(ok, (scale * o + decay * local(p)) * -rate, -0.0))
+            move = (scale * o + decay * local(p)) * of_dtype(-rate, o.dtype)
+            u = local(g).to(old.dtype).copy_(chosen(ok, move, -0.0))
             updates.append(like(u, g))
         step = state["step"] + (1 if ok is None else ok)
         return tree.unflatten(updates, params), {"step": step, "m": tree.unflatten(moved, params)}

@@ -84,6 +84,26 @@ def chosen(ok: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor | float
     return new if ok is None else torch.where(ok, new, old)
 
 
+def by_dtype(tensors: list[torch.Tensor]) -> dict[torch.dtype, list[torch.Tensor]]:
+    """Tensors put together by dtype: on CUDA torch takes a list of one dtype in one launch, another leaf by leaf."""
+    lists: dict[torch.dtype, list[torch.Tensor]] = {}
+    for x in tensors:
+        lists.setdefault(x.dtype, []).append(x)
+    return lists
+
+
+def of_dtype(number: Any, dtype: torch.dtype) -> Any:
+    """A scalar tensor in the dtype of what it multiplies, to which torch rounds it anyway; a Python number as it is.
+
+    On CUDA a list times a scalar of another dtype goes leaf by leaf, and a tensor through a slower kernel. Narrow
+    tensors get float32: one of their own would round the scalar to their 8 bits first.
+
+    >>> of_dtype(torch.tensor(0.1, dtype=torch.float64), torch.bfloat16).dtype, of_dtype(0.1, torch.float32)
+    (torch.float32, 0.1)
+    """
+    return number.to(torch.promote_types(dtype, torch.float32)) if isinstance(number, torch.Tensor) else number
+
+
 def chain(*txs: Optimizer) -> Optimizer:
     """Each optimizer's updates are the next one's gradients.
 
@@ -152,8 +172,9 @@ def clip_by_global_norm(max_norm: float) -> Optimizer:
         norm, ok = known(extra, ops)
         norm = (ops.norm(grads) if norm is None else norm).double()
         present = [local(g) for g in tree.leaves(grads) if g is not None]
-        if present:
-            torch._foreach_mul_(present, (max_norm / norm).clamp(max=1))
+        scale = (max_norm / norm).clamp(max=1)
+        for dtype, same in by_dtype(present).items():
+            torch._foreach_mul_(same, of_dtype(scale, dtype))
         return grads, {"norm": chosen(ok, norm, state["norm"])}
     return Optimizer(init, update)
 

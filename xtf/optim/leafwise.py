@@ -7,7 +7,7 @@ import torch
 from xtf import device, tree
 from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
-from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, refusal
+from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, of_dtype, refusal
 from xtf.optim.schedules import Schedule
 
 
@@ -107,8 +107,9 @@ def _leafwise(name: str, slots: str, rule: Callable[..., tuple[torch.Tensor, ...
             new = [local(x).contiguous() if ops.donate else local(x).clone(memory_format=torch.contiguous_format)
                    for x in old]
             pieces = zip(*(x.reshape(-1).split(device.piece(u.device)) for x in (u, local(p), *new)), strict=True)
+            rate_ = of_dtype(rate, u.dtype)
             for g_, p_, *slots_ in pieces:
-                step, *moved = rule(g_, p_.to(g_.dtype), *slots_, rate=rate, decay=mask is None or mask(path, p))
+                step, *moved = rule(g_, p_.to(g_.dtype), *slots_, rate=rate_, decay=mask is None or mask(path, p))
                 g_.copy_(chosen(ok, step, -0.0))
                 for slot, x in zip(slots_, moved, strict=True):
                     slot.copy_(chosen(ok, x, slot))

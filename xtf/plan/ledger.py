@@ -37,10 +37,9 @@ class Ledger(FakeTensorMode):
     (8192, 8192, 2)
     """
 
-    def __init__(self, documents: int = 1):
+    def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
         self.kind, self.work, self.limit = "activations", Counter(), math.inf
-        self.documents = documents                                   # of a pack, alike: fake lengths cannot be read
         self.now = self.peak = self._peak_at = self._depth = 0
         self._alive: dict[int, int] = {}                             # storage -> its number in the order of birth
         self._kinds: list[str] = []
@@ -105,18 +104,17 @@ class Ledger(FakeTensorMode):
             return
         written = [t for a, x in zip(func._schema.arguments, args, strict=False)
                    if a.alias_info and a.alias_info.is_write for t in _tensors(x)]
-        formula = self._flash if "varlen_attn" in name else flop_registry.get(func._overloadpacket)
+        formula = self._flash if name.startswith("_flash_attention") else flop_registry.get(func._overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         self.work[self._label(name, flops), flops, sum(t.nbytes for t in (*given, *written, *fresh))] += 1
 
-    def _flash(self, *args: Any, **_: Any) -> int:
-        """FLOPs of `torch.nn.attention.varlen`, causal: torch's formula knows neither masks nor windows, and takes
-        every document of a fake tensor for as long as a pack."""
+    def _flash(self, *args: Any, window_size_left: int | None = None, **_: Any) -> int:
+        """FLOPs of flash attention, causal, over documents that are all as long as the longest: torch's formula knows
+        neither masks nor windows, and reads lengths, which a fake tensor has none of."""
         backward = args[4].is_floating_point()  # grad, q, k, v, out...; forward has q, k, v, lengths
-        (q, _, v), (w, _) = args[backward:3 + backward], args[9 + 4 * backward]
-        T = args[5 + 3 * backward] // self.documents
-        w = T if w < 0 else min(w + 1, T)
-        pairs = len(q) // T * (w * T - w * (w - 1) // 2)
+        (q, _, v), n = args[backward:3 + backward], args[5 + 3 * backward]
+        w = n if window_size_left is None else min(window_size_left + 1, n)
+        pairs = len(q) // n * (w * n - w * (w - 1) // 2)
         scores, values = (3, 2) if backward else (1, 1)              # products as wide as q and as v
         return 2 * pairs * q.shape[1] * (scores * q.shape[2] + values * v.shape[2])
 

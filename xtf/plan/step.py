@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import xtf
 from xtf import moe, tree
-from xtf.data.batch import Batch
-from xtf.data.loader import default_max_documents
+from xtf.data.batch import Batch, room
 from xtf.layout import AXES, PACK_AXES, local
 from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
 from xtf.parallel import collectives as C
@@ -164,7 +163,7 @@ def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int,
     alive.
     """
     sizes = ordered(sizes)
-    ledger = Ledger(documents)
+    ledger = Ledger()
     train_step, tx, watch = training_step(model, cfg, moments, ledger)
     if strategy is None and hasattr(cfg, "router"):
         strategy = Balanced(cfg.router, shares, remat_)
@@ -202,11 +201,11 @@ def _full(packs: int, seq_len: int, documents: int, sp: int, kind: str) -> Batch
     with _disable_current_modes() if kind == "cpu" else contextlib.nullcontext():
         ids = torch.zeros(packs, seq_len, dtype=torch.int64, device=kind)
         mine = ids[:, :seq_len // sp].clone()
-        room = max(documents, default_max_documents(seq_len)) + 1
-        ends = torch.arange(room, dtype=torch.int32, device=kind) * (seq_len // documents)
+        longest = seq_len // documents
+        ends = torch.arange(room(-(-seq_len // longest)) + 1, dtype=torch.int32, device=kind) * longest
         return Batch(ids, mine, torch.ones_like(mine, dtype=torch.float32),
                      torch.arange(seq_len, device=kind).repeat(packs, 1), ends.clamp(max=seq_len).repeat(packs, 1),
-                     torch.full((packs,), seq_len, device=kind))
+                     torch.full((packs,), seq_len, device=kind), longest)
 
 
 def _messages(sent: list[C.Sent], mesh: DeviceMesh | None) -> list[Message]:

@@ -7,7 +7,7 @@ so it interleaves as well. Parameters are made whole once for both.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree  # torch.compile traces it
@@ -36,9 +36,27 @@ def overlap() -> Transform:
                 fn, keywords = block.func, block.keywords
             if hasattr(fn, "stages"):
                 block = partial(_in_halves, fn, **keywords)         # by its parts, as jit keeps what it has compiled
+                shared = tuple(map(_told, shared))
             return ops.scan(block, layers, x, *shared, **kwargs)
         return replace(ops, scan=scan)
     return Transform("overlap", Stage.OVERLAP, wrap)
+
+
+class _Halves(NamedTuple):
+    """What is two halves already."""
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def _told(value: Any) -> Any:
+    """Segments that say how long their documents are (`Batch.longest`) as halves that say so: torch.compile, under
+    which the rest is divided, cannot tell them."""
+    if not hasattr(value, "longest") or len(value) % 2:
+        return value
+    halves = _Halves(*value.chunk(2))
+    for x in halves:
+        x.longest = value.longest  # pyright: ignore[reportAttributeAccessIssue]
+    return halves
 
 
 def _in_halves(block: Any, params: tree.Tree, x: torch.Tensor, *shared: Any, **keywords: Any) -> tuple[Any, Any]:
@@ -46,9 +64,10 @@ def _in_halves(block: Any, params: tree.Tree, x: torch.Tensor, *shared: Any, **k
         raise ValueError(f"overlap: {len(x)} packs in a micro-batch are not two halves; give micro-batches an even "
                          "number of packs")
     half = lambda i, values: pytree.tree_map(lambda v: v.chunk(2)[i] if isinstance(v, torch.Tensor) else v, values)
+    halves = lambda i: [v[i] if isinstance(v, _Halves) else half(i, v) for v in (x, *shared)]
     running = []
     for i in range(2):
         xs = {"xs": half(i, keywords["xs"])} if "xs" in keywords else {}
-        running.append(block.stages(params, *half(i, (x, *shared)), **(keywords | xs)))
+        running.append(block.stages(params, *halves(i), **(keywords | xs)))
     return pytree.tree_map(lambda *ys: torch.cat(ys) if isinstance(ys[0], torch.Tensor) else ys[0],
                            *interleave(*running))
