@@ -191,7 +191,7 @@ def test_each_matrix_is_done_once_and_moves_the_bytes_of_the_formula(layout):
 
 def step(state, batch, ops=xtf.LOCAL):
     """The outsider's step with Muon, and the extras that recipes pass."""
-    num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+    num_tokens = batch.loss_tokens(ops)
 
     def share(params, batch, ops):
         return (outsider.nll(params, batch, ops) * batch.loss_mask).sum() / num_tokens

@@ -26,6 +26,7 @@ def test_the_step_and_the_loop_are_written_out_and_the_rest_is_called(file):
     source = file.read_text()
     code = ast.unparse(ast.parse(source.replace("cli.optimizer(flags)", "called")))
     assert "def train_step(state, batch, ops=xtf.LOCAL):" in code and "for i, batch in run.steps():" in code
+    assert "num_tokens = batch.loss_tokens(ops)" in code and "schedule(state.taken)" in code
     assert "value_and_grad(share)" in code and "tx.update(grads" in code and "state.apply(" in code
     body = code.split('"""', 2)[2]                                         # the docstring speaks of flags
     assert not [word for word in ELSEWHERE if word in body]

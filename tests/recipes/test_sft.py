@@ -116,6 +116,35 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name, more", [("qwen3_sft", ()), ("qwen3_pretrain", ("--optimizer", "muon"))])
+def test_the_logged_rate_is_the_one_that_is_applied(files, tmp_path, monkeypatch, name, more):
+    """Also after steps that were skipped, which the optimizer does not count. The first step that AdamW takes moves
+    each number by the rate, whatever the gradient, so the rate is read off the updates; those after it are the
+    schedule's, from its start."""
+    largest, make = [], cli.optimizer
+
+    def optimizer(*args):
+        tx, schedule, watch = make(*args)
+        check, seen = watch.check, []
+
+        def skipping(state, loss, norm):
+            seen.append(loss)
+            return check(state, loss * (float("nan") if len(seen) <= 3 else 1), norm)
+
+        def update(grads, state, params, ops, **extra):
+            updates, state = tx.update(grads, state, params, ops, **extra)
+            largest.append(updates["embed"]["weight"].abs().max().item())
+            return updates, state
+        watch.check = skipping
+        return tx._replace(update=update), schedule, watch
+    monkeypatch.setattr(cli, "optimizer", optimizer)
+    train(name, argv(files, tmp_path, "qwen3", "--steps", "6", "--warmup", "0.5", "--weight-decay", "0", *more))
+    steps = [r for r in rows(tmp_path) if "loss" in r]
+    assert [r["skipped"] for r in steps] == [1, 2, 3, 3, 3, 3] and largest[:3] == [0, 0, 0]
+    assert steps[3]["lr"] == pytest.approx(largest[3], rel=1e-5)
+    assert [r["lr"] for r in steps] == pytest.approx([3e-3 * n / 4 for n in (1, 1, 1, 1, 2, 3)], rel=1e-12)
+
+
 def test_what_a_run_leaves(files, one):
     steps = [r for r in rows(one) if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, STEPS + 1))
