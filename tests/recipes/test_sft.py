@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from xtf import cli, hf
 from xtf.data import Loader, read_samples, stdlib_qa
+from xtf.models import llama
 from xtf.optim import schedules
 from xtf.testing import pool
 
@@ -232,6 +233,13 @@ def test_flags_that_are_refused_by_name(files, tmp_path, more, message):
 def test_meshes_that_do_not_fit(files, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         train("qwen3_sft", argv(files, tmp_path, "qwen3", *more))
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_is_read(files, tmp_path):
+    """From the config, since specs do not always tell how many heads there are."""
+    flags = cli.parse(cli.Flags, argv(files, tmp_path, "llama", "--mesh", "sp=3"))
+    with pytest.raises(ValueError, match="--mesh sp=3: sp=3 does not divide the 4 query heads of --model"):
+        cli.model(flags, llama, other="")
 
 
 def test_held_out_data_without_loss_is_refused(files, tmp_path):
