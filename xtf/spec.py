@@ -62,6 +62,33 @@ class Param:
                              f"{len(self.axes)}")
 
 
+def is_matrix(p: Param) -> bool:
+    """Whether a leaf is a matrix, or a stack of them, one an expert: two axes besides a leading "expert".
+
+    What asks whether to cast, to decay, to make orthogonal or to adapt a leaf asks this, and not how many dims it has:
+    the biases of stacked experts have two, and are no matrix.
+
+    >>> [is_matrix(Param((2,) * len(axes), torch.float32, axes))
+    ...  for axes in (("mlp", "embed"), ("expert", "mlp", "embed"), ("expert", "mlp"), ("embed",))]
+    [True, True, False, False]
+    """
+    return len(p.axes) - (p.axes[:1] == ("expert",)) == 2
+
+
+def matrices(specs: tree.Tree) -> Callable[[str, Any], bool]:
+    """A mask `(path, leaf) -> whether it is a matrix`, for what is asked of leaves by their paths (optimizers).
+
+    `specs` are a model's; what transforms put beside its products (adapters) are matrices.
+
+    >>> decays = matrices({"up": {"weight": Param((8, 4), torch.float32, ("mlp", "embed")),
+    ...                           "bias": Param((8,), torch.float32, ("mlp",))}})
+    >>> [decays(path, None) for path in ("up.weight", "up.bias", "up.lora_a")]
+    [True, False, True]
+    """
+    others = {path for path, p in tree.flatten_with_path(specs) if not is_matrix(p)}
+    return lambda path, leaf: path not in others
+
+
 def num_params(specs: tree.Tree, trainable_only: bool = False) -> int:
     """How many numbers the tree describes.
 

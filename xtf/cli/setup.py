@@ -72,6 +72,13 @@ def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
     return tuple(out)
 
 
+def step_specs(flags: Flags, specs: tree.Tree) -> tree.Tree:
+    """A model's specs as the flags' transforms leave them: what `shard` has in `.specs`."""
+    for transform in sorted(transforms(flags), key=lambda t: t.stage):
+        specs = transform.specs(specs)
+    return specs
+
+
 def micro_packs(flags: Flags) -> int:
     """Packs of a micro-batch: two where their messages and compute overlap."""
     return 2 if isinstance(flags, ExpertFlags) and flags.overlap else 1
