@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.deepseek_v3, other="is not a DeepSeek V3; use the recipe of its family")
     cfg = msgspec.structs.replace(cfg, mtp_loss_weight=flags.mtp_weight)
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW, or Muon too, under WSD; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW, or Muon too, under WSD; what finds bad steps
     coefficient = cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.deepseek_v3,
                            other="is neither a Kimi K2 nor a DeepSeek V3; use the recipe of its family")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW under a cosine; what finds bad steps
     coefficient = cfg.aux_loss_alpha if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):

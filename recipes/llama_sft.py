@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: cli.Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.llama, models.qwen2,
                            other="is neither Llama nor Qwen2; use recipes/qwen3_sft.py")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW under a cosine; what finds bad steps
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = batch.loss_tokens(ops)  # over the whole global batch, beforehand

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.qwen3_moe, other="is not a Qwen3 with experts; use the recipe of its family")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW under a cosine; what finds bad steps
     coefficient = cfg.router_aux_loss_coef * cfg.output_router_logits if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.qwen3, other="is not a Qwen3")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW, or Muon too, under WSD; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW, or Muon too, under WSD; what finds bad steps
 
     def train_step(state, batch, ops=xtf.LOCAL):
         num_tokens = batch.loss_tokens(ops)  # over the whole global batch, beforehand

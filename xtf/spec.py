@@ -43,7 +43,8 @@ ZEROS, ONES = Constant(0.0), Constant(1.0)
 class Param:
     """The description of one parameter.
 
-    `axes` names each dim by its logical axis (`("mlp", "embed")`); transforms place leaves by these names.
+    `axes` names each dim by its logical axis (`("mlp", "embed")`); transforms place leaves by these names. `wide`:
+    though a matrix, it is to compute in the dtype that it is stored in (routers of families that score in float32).
 
     Raises ValueError if `shape` and `axes` differ in length.
 
@@ -55,6 +56,7 @@ class Param:
     axes: tuple[str, ...]
     init: Init = Normal()
     trainable: bool = True
+    wide: bool = False
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -78,15 +80,23 @@ def is_matrix(p: Param) -> bool:
 def matrices(specs: tree.Tree) -> Callable[[str, Any], bool]:
     """A mask `(path, leaf) -> whether it is a matrix`, for what is asked of leaves by their paths (optimizers).
 
-    `specs` are a model's; what transforms put beside its products (adapters) are matrices.
+    `specs` are a model's; what a transform puts beside a product's weight (adapters) is what the weight is. The mask
+    raises ValueError for a leaf that stands beside none.
 
     >>> decays = matrices({"up": {"weight": Param((8, 4), torch.float32, ("mlp", "embed")),
     ...                           "bias": Param((8,), torch.float32, ("mlp",))}})
     >>> [decays(path, None) for path in ("up.weight", "up.bias", "up.lora_a")]
     [True, False, True]
     """
-    others = {path for path, p in tree.flatten_with_path(specs) if not is_matrix(p)}
-    return lambda path, leaf: path not in others
+    known = {path: is_matrix(p) for path, p in tree.flatten_with_path(specs)}
+
+    def mask(path: str, leaf: Any) -> bool:
+        beside = path.rpartition(".")[0] + ".weight"
+        if path not in known and beside not in known:
+            raise ValueError(f"matrices: the specs have neither {path} nor {beside}; pass those of the model whose "
+                             "parameters these are")
+        return known.get(path, known.get(beside, False))
+    return mask
 
 
 def num_params(specs: tree.Tree, trainable_only: bool = False) -> int:

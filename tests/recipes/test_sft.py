@@ -90,7 +90,9 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
     """fp32, 20 steps, one seed, the same packs and schedule; each document alone, as packing is invisible."""
     tokenizer = AutoTokenizer.from_pretrained(files / "qwen3")
     model = AutoModelForCausalLM.from_pretrained(files / "qwen3", dtype=torch.float32, attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    groups = [{"params": [p for n, p in model.named_parameters() if ("norm" in n) == norms], "weight_decay": decay}
+              for norms, decay in ((False, 0.1), (True, 0.0))]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     schedule = schedules.cosine(3e-3, STEPS, 0.1)
     samples, _ = read_samples(files / "train.jsonl", tokenizer, SEQ_LEN)
     loader, losses, norms = Loader(samples, SEQ_LEN, BATCH // SEQ_LEN, seed=0), [], []
@@ -107,7 +109,8 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.param_groups[0]["lr"] = float(schedule(torch.tensor(i)))
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(torch.tensor(i)))
         optimizer.step()
         losses.append(loss.item())
     ours = curve(one)

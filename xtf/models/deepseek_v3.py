@@ -6,6 +6,7 @@ E experts   K experts of a token   G groups of experts, of which a token chooses
 k the number of an MTP module, from 1: it predicts k tokens further ahead than the layers do
 """
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -170,7 +171,7 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
         if not sparse:
             return nodes | mlp(cfg.intermediate_size)
         nodes |= {
-            "router": product(E, D, ("router", "embed")),
+            "router": {"weight": replace(product(E, D, ("router", "embed"))["weight"], wide=True)},
             "correction": {"bias": Param((E,), torch.float32, ("router",), ZEROS, trainable=False)},
             "experts": mlp(cfg.moe_intermediate_size, E),
         }
