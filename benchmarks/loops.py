@@ -162,7 +162,7 @@ def ours(case: Case, shape: Sizes) -> Step:
     tx = chain(clip_by_global_norm(1.0), adamw(LR, *BETAS, weight_decay=WEIGHT_DECAY))
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+        num_tokens = batch.loss_tokens(ops)
 
         def share(params, batch, ops):
             if case.routes:

@@ -20,10 +20,10 @@ def main(argv: list[str] | None = None) -> None:
 def train(flags: cli.Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.llama, models.qwen2,
                            other="is neither Llama nor Qwen2; use recipes/qwen3_sft.py")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW under a cosine; what finds bad steps
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
+        num_tokens = batch.loss_tokens(ops)  # over the whole global batch, beforehand
 
         def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             return model.loss(params, batch, cfg, ops) / num_tokens
@@ -31,7 +31,7 @@ def train(flags: cli.Flags, run: Run) -> None:
         norm = ops.norm(grads)
         ok, seen = watch.check(state.extra, loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step),
+        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.taken),
                                                  **watch.metrics(seen)}
 
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))

@@ -22,11 +22,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.qwen3_moe, other="is not a Qwen3 with experts; use the recipe of its family")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW under a cosine; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW under a cosine; what finds bad steps
     coefficient = cfg.router_aux_loss_coef * cfg.output_router_logits if flags.balance is None else flags.balance
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
+        num_tokens = batch.loss_tokens(ops)  # over the whole global batch, beforehand
         num_routed = moe.num_tokens(batch, ops)                                 # all that is not padding
         before = state.extra["counts"] if flags.balance_over == "batch" else None
 
@@ -42,7 +42,7 @@ def train(flags: Flags, run: Run) -> None:
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
         extra = {"guard": seen, "counts": sums["counts"]}
         return state.apply(updates, opt, extra), {"loss": sums["nll"] / num_tokens, "grad_norm": norm,
-                                                  "lr": schedule(state.step), **watch.metrics(seen),
+                                                  "lr": schedule(state.taken), **watch.metrics(seen),
                                                   **moe.metrics(sums)}
 
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))

@@ -25,10 +25,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(flags: Flags, run: Run) -> None:
     model, cfg = cli.model(flags, models.qwen3, other="is not a Qwen3")
-    tx, schedule, watch = cli.optimizer(flags)  # AdamW, or Muon too, under WSD; what finds bad steps
+    tx, schedule, watch = cli.optimizer(flags, model.specs(cfg))  # AdamW, or Muon too, under WSD; what finds bad steps
 
     def train_step(state, batch, ops=xtf.LOCAL):
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)  # over the whole global batch, beforehand
+        num_tokens = batch.loss_tokens(ops)  # over the whole global batch, beforehand
 
         def share(params, batch, ops):  # this rank's, this micro-batch's part of the loss
             return model.loss(params, batch, cfg, ops) / num_tokens
@@ -36,7 +36,7 @@ def train(flags: Flags, run: Run) -> None:
         norm = ops.norm(grads)
         ok, seen = watch.check(state.extra, loss, norm)  # False: the step is skipped, on the device
         updates, opt = tx.update(grads, state.opt, state.params, ops, norm=norm, ok=ok)
-        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.step),
+        return state.apply(updates, opt, seen), {"loss": loss, "grad_norm": norm, "lr": schedule(state.taken),
                                                  **watch.metrics(seen)}
 
     step = xtf.shard(train_step, *cli.transforms(flags), mesh=run.mesh, specs=model.specs(cfg))

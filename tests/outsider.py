@@ -45,11 +45,11 @@ opt = chain(clip_by_global_norm(0.05), adamw(1e-2))
 
 
 def step(state, batch, ops=xtf.LOCAL, k=1, mean=False):
-    num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+    num_tokens = batch.loss_tokens(ops)
 
     def share(params, batch, ops):
         total = (nll(params, batch, ops) * batch.loss_mask).sum()
-        return total / (batch.loss_mask.sum().clamp(min=1) if mean else num_tokens)  # mean=True: the planted mistake
+        return total / (batch.loss_tokens() if mean else num_tokens)  # mean=True: the planted mistake
     loss, grads = xtf.microbatch(xtf.value_and_grad(share), k)(state.params, batch, ops)
     updates, new = opt.update(grads, state.opt, state.params, ops)
     return state.apply(updates, new), {"loss": loss}

@@ -15,6 +15,7 @@ import msgspec
 import torch
 import torch.nn.functional as F
 
+from xtf import flops as count
 from xtf import moe, tree
 from xtf.data.batch import Batch
 from xtf.kernels import at_least_float32
@@ -398,29 +399,25 @@ def hf_names(table: Sequence[tuple[str, str]], specs: tree.Tree) -> dict[str, st
     return names
 
 
-def flops(specs: tree.Tree, cfg: ModelConfig, windows: Sequence[int | None], lengths: Sequence[int]) -> float:
-    """Forward FLOPs of documents of these lengths; forward and backward are 3 times as many.
+def flops(specs: tree.Tree, cfg: ModelConfig, windows: Sequence[int | None], lengths: Sequence[int],
+          step: tree.Tree | None = None) -> float:
+    """FLOPs of documents of these lengths: of a forward pass, or with `step`, the specs of a step (the model's as its
+    transforms left them, which say what is trained and adapted), of forward and of the gradients that are made.
 
-    2 × (weights that multiply, head and router included, of experts the top_k that a token chooses, embedding lookup
-    not) × tokens + Σ over layers of 4 × H × d × pairs, where pairs counts the keys that each query sees: l (l + 1) / 2
-    in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l. Norms, rope, activations and biases are
-    not counted.
+    Forward: 2 × (weights that multiply, head, router and adapters included, of experts the top_k that a token chooses,
+    embedding lookup not) × tokens + Σ over layers of 4 × H × d × pairs, where pairs counts the keys that each query
+    sees: l (l + 1) / 2 in a document of l tokens, w (w + 1) / 2 + (l - w) w under a window w < l. Backward: for each
+    product once more where its input needs a gradient, and once where its weight is trained (`xtf.flops`); twice
+    attention's where anything before it is trained. Of a step that trains everything that is 3 × forward.
     """
-    end = {"head": specs["head"] if "head" in specs else specs["embed"]}
+    whole, tokens = specs if step is None else step, sum(lengths)
     router: moe.Router | None = getattr(cfg, "router", None)
-    top_k = 0 if router is None else router.top_k
-    weights = sum(_multiplying(p, top_k) for p in tree.leaves({"layers": specs["layers"], **end}))
-    pairs = sum(_pairs(length, window) for window in windows for length in lengths)
-    return float(2 * weights * sum(lengths) + 4 * cfg.num_attention_heads * cfg.head_dim * pairs)
-
-
-def _multiplying(p: Param, top_k: int) -> int:
-    """How many numbers of a leaf a token is multiplied by."""
-    if p.axes[0] == "expert":
-        return top_k * math.prod(p.shape[1:]) if len(p.shape) == 3 else 0
-    return math.prod(p.shape) if len(p.shape) == 2 else 0
-
-
-def _pairs(length: int, window: int | None) -> int:
-    w = length if window is None else min(window, length)
-    return w * (w + 1) // 2 + (length - w) * w
+    total, needs = 0.0, count.trained(whole["embed"])
+    for p, window in zip(whole["layers"], windows, strict=True):
+        work = count.layer(p, needs, tokens, 0 if router is None else router.top_k)
+        scores = 4 * cfg.num_attention_heads * cfg.head_dim * sum(count.pairs(length, window) for length in lengths)
+        total += work.forward + scores + (0 if step is None else work.backward + 2 * scores * work.attention)
+        needs = work.needs
+    needs = needs or count.trained(whole["norm"])
+    head = count.product(whole["head"] if "head" in whole else whole["embed"], needs, tokens)
+    return total + head.forward + (0 if step is None else head.backward)

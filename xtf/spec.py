@@ -43,7 +43,8 @@ ZEROS, ONES = Constant(0.0), Constant(1.0)
 class Param:
     """The description of one parameter.
 
-    `axes` names each dim by its logical axis (`("mlp", "embed")`); transforms place leaves by these names.
+    `axes` names each dim by its logical axis (`("mlp", "embed")`); transforms place leaves by these names. `wide`:
+    though a matrix, it is to compute in the dtype that it is stored in (routers of families that score in float32).
 
     Raises ValueError if `shape` and `axes` differ in length.
 
@@ -55,11 +56,47 @@ class Param:
     axes: tuple[str, ...]
     init: Init = Normal()
     trainable: bool = True
+    wide: bool = False
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
             raise ValueError(f"Param: shape {self.shape} has {len(self.shape)} dims but axes {self.axes} names "
                              f"{len(self.axes)}")
+
+
+def is_matrix(p: Param) -> bool:
+    """Whether a leaf is a matrix, or a stack of them, one an expert: two axes besides a leading "expert".
+
+    What asks whether to cast, to decay, to make orthogonal or to adapt a leaf asks this, and not how many dims it has:
+    the biases of stacked experts have two, and are no matrix.
+
+    >>> [is_matrix(Param((2,) * len(axes), torch.float32, axes))
+    ...  for axes in (("mlp", "embed"), ("expert", "mlp", "embed"), ("expert", "mlp"), ("embed",))]
+    [True, True, False, False]
+    """
+    return len(p.axes) - (p.axes[:1] == ("expert",)) == 2
+
+
+def matrices(specs: tree.Tree) -> Callable[[str, Any], bool]:
+    """A mask `(path, leaf) -> whether it is a matrix`, for what is asked of leaves by their paths (optimizers).
+
+    `specs` are a model's; what a transform puts beside a product's weight (adapters) is what the weight is. The mask
+    raises ValueError for a leaf that stands beside none.
+
+    >>> decays = matrices({"up": {"weight": Param((8, 4), torch.float32, ("mlp", "embed")),
+    ...                           "bias": Param((8,), torch.float32, ("mlp",))}})
+    >>> [decays(path, None) for path in ("up.weight", "up.bias", "up.lora_a")]
+    [True, False, True]
+    """
+    known = {path: is_matrix(p) for path, p in tree.flatten_with_path(specs)}
+
+    def mask(path: str, leaf: Any) -> bool:
+        beside = path.rpartition(".")[0] + ".weight"
+        if path not in known and beside not in known:
+            raise ValueError(f"matrices: the specs have neither {path} nor {beside}; pass those of the model whose "
+                             "parameters these are")
+        return known.get(path, known.get(beside, False))
+    return mask
 
 
 def num_params(specs: tree.Tree, trainable_only: bool = False) -> int:

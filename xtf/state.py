@@ -30,6 +30,15 @@ class TrainState:
         """The state before the first step."""
         return cls(torch.zeros((), dtype=torch.int64), params, opt, {} if extra is None else extra, torch.tensor(seed))
 
+    @property
+    def taken(self) -> torch.Tensor:
+        """How many steps the optimizer has taken: its own count, on its device, without those that it skipped.
+
+        This, not `step`, is what its schedule is called with: `schedule(state.taken)` is the rate of the step at hand.
+        """
+        from xtf.optim.core import taken
+        return taken(self.opt)
+
     def apply(self, updates: tree.Tree, opt: tree.Tree, extra: Any = None) -> "TrainState":
         """The next state: parameters plus updates (None where frozen), the new optimizer state, one step more."""
         from xtf.optim import apply_updates

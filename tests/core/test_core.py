@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 import xtf
 from tests import outsider
 from xtf import layout as L
-from xtf import tree
+from xtf import models, tree
 from xtf.data.batch import Batch, cut
 from xtf.ops import leaf_norms
 from xtf.parallel import fsdp, mesh, ulysses
@@ -236,6 +236,28 @@ def _heads():
 
 def test_an_axis_that_does_not_divide_the_heads():
     assert "sp=4 does not divide 6 query heads" in pool(4).run(_heads)[3]
+
+
+def _made(name, heads, head_dim):
+    module = models.FAMILIES[name]
+    own = {"head_dim": head_dim} if name != "deepseek_v3" else {
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 2, "v_head_dim": 2, "num_nextn_predict_layers": 0}
+    cfg = module.config({"vocab_size": 8, "hidden_size": heads * head_dim, "num_hidden_layers": 1,
+                         "num_attention_heads": heads,
+                         "num_key_value_heads": heads if name == "deepseek_v3" else 1, **own})
+    try:
+        xtf.shard(outsider.step, ulysses("sp"), specs=module.specs(cfg), mesh=shared_mesh((("sp", 4),)))
+    except ValueError as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("name, heads, head_dim, told", [
+    ("qwen3", 6, 4, "6 query heads"), ("qwen3_moe", 6, 2, "6 query heads"), ("llama", 5, 2, "q.weight, 10"),
+    ("gpt_oss", 6, 4, "sinks.weight, 6"), ("deepseek_v3", 5, 2, "q_b.weight, 50"),
+    ("qwen3", 4, 2, None), ("llama", 4, 2, None), ("gpt_oss", 8, 2, None), ("deepseek_v3", 4, 2, None)])
+def test_heads_that_do_not_divide_are_refused_when_the_step_is_made(name, heads, head_dim, told):
+    said = pool(4).run(_made, name, heads, head_dim)[3]
+    assert said is None if told is None else "ulysses: sp=4 does not divide" in said and told in said
 
 
 def _kv_heads(q, k, v, segments):

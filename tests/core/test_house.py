@@ -14,7 +14,7 @@ FILES = [p for p in sorted((ROOT / "xtf").rglob("*.py")) if "recipes" not in p.p
 # A room may import from those before it, and from its own files. A file at the root is a room; `xtf` is its __init__.
 ROOMS = """
     tree lock layout spec device kernels ops transform
-    data parallel grad moe nn optim state _shard xtf
+    data parallel grad moe flops nn optim state _shard xtf
     transforms hf models gguf
     peft checkpoint testing parity plan cli run report
 """.split()

@@ -13,7 +13,8 @@ from xtf.run import log as log_module
 from xtf.run.log import Log
 
 COLUMNS = ["loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_gb"]
-MODEL = SimpleNamespace(flops=lambda cfg, lengths: cfg * sum(n * n for n in lengths))
+MODEL = SimpleNamespace(flops=lambda cfg, lengths, specs: cfg * specs["times"] * sum(n * n for n in lengths))
+SPECS = {"times": 3}
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_rows_are_what_was_logged(flags, monkeypatch):
     peak, clock = device.peak_flops(torch.float32), [100.0]
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: clock[0])
     losses = [2.0 + 1e-15, 1.0 / 3.0, 0.25]
-    with Log(flags, MODEL, 7.0) as log:
+    with Log(flags, MODEL, 7.0, SPECS) as log:
         clock[0] += 1000.0                                                 # an evaluation, which no step has to pay for
         log.evaluation(0, 4.5)
         for i, loss in enumerate(losses):
@@ -63,7 +64,7 @@ def test_rows_are_what_was_logged(flags, monkeypatch):
 
 
 def test_time_is_real(flags):
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         time.sleep(0.05)
         log.step(1, metrics(1.0), [100])
     assert 100 / 1.0 < rows(flags)[0]["tokens_per_s"] <= 100 / 0.05
@@ -71,7 +72,7 @@ def test_time_is_real(flags):
 
 def test_the_curve_shows_both_losses(flags, tmp_path):
     from matplotlib.image import imread
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         log.evaluation(0, 3.0)
         log.step(1, metrics(2.0), [4])
         log.step(2, metrics(1.0), [4])
@@ -83,11 +84,11 @@ def test_the_curve_shows_both_losses(flags, tmp_path):
 
 
 def test_a_run_that_fails_keeps_what_it_had_and_the_next_one_starts_anew(flags):
-    with pytest.raises(RuntimeError, match="out of luck"), Log(flags, MODEL, 1.0) as log:
+    with pytest.raises(RuntimeError, match="out of luck"), Log(flags, MODEL, 1.0, SPECS) as log:
         log.step(1, metrics(2.0), [4])
         raise RuntimeError("out of luck")
     assert len(rows(flags)) == 1 and (log.out / "loss.png").exists()
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         log.step(1, metrics(5.0), [4])
     assert [row["loss"] for row in rows(flags)] == [5.0]
     assert events(flags, "loss") == [(1, 5.0)]
@@ -95,7 +96,7 @@ def test_a_run_that_fails_keeps_what_it_had_and_the_next_one_starts_anew(flags):
 
 def test_plain_lines_where_there_is_no_terminal(flags, capsys):
     flags.steps = 1000
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         for i in range(20):
             log.step(i + 1, metrics(2.0), [4])
     lines = capsys.readouterr().out.splitlines()
@@ -107,7 +108,7 @@ def test_a_bar_on_a_terminal(flags, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         for i in range(3):
             log.step(i + 1, metrics(2.0), [4])
     out = capsys.readouterr().out
@@ -116,7 +117,7 @@ def test_a_bar_on_a_terminal(flags, monkeypatch, capsys):
 
 def test_other_ranks_are_silent(flags, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(log_module, "is_main", lambda: False)
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         log.evaluation(0, 1.0)
         log.step(1, metrics(2.0), [4])
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []
@@ -124,14 +125,14 @@ def test_other_ranks_are_silent(flags, monkeypatch, capsys, tmp_path):
 
 def test_a_resumed_run_cuts_back_to_its_checkpoint(flags):
     flags.steps = 6
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         log.evaluation(0, 9.0)
         for i in range(5):
             log.step(i + 1, metrics(float(i)), [4])
         log.evaluation(3, 8.0)
     with open(f"{flags.out}/metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')                                       # killed in the middle of a row
-    with Log(flags, MODEL, 1.0, first=3) as log:
+    with Log(flags, MODEL, 1.0, SPECS, first=3) as log:
         assert [row["step"] for row in rows(flags)] == [0, 1, 2, 3, 3]
         for i in range(3, 6):
             log.step(i + 1, metrics(10.0 + i), [4])
@@ -143,7 +144,7 @@ def test_a_resumed_run_cuts_back_to_its_checkpoint(flags):
 
 
 def test_what_is_not_finite_is_null_and_the_mix_has_columns(flags):
-    with Log(flags, MODEL, 1.0) as log:
+    with Log(flags, MODEL, 1.0, SPECS) as log:
         log.step(1, metrics(float("nan")) | {"skipped": 1}, [4], {"web": 3, "code": 1})
     assert rows(flags)[0]["loss"] is None and (rows(flags)[0]["mix/web"], rows(flags)[0]["mix/code"]) == (3, 1)
 
@@ -158,9 +159,9 @@ def test_wandb_gets_the_rows_and_a_resumed_run_its_curve(flags, monkeypatch):
     flags = msgspec.defstruct("Flags", [("out", str), ("steps", int), ("dtype", str),
                                         ("wandb", str)])(flags.out, 3, "fp32", "project")
     for first in (0, 1):
-        with Log(flags, MODEL, 1.0, first=first) as log:
+        with Log(flags, MODEL, 1.0, SPECS, first=first) as log:
             log.step(first + 1, metrics(2.0), [4])
     assert seen == [("project", "id0", "allow"), (1, 2.0), 0, ("project", "id0", "allow"), (2, 2.0), 0]
     monkeypatch.setitem(sys.modules, "wandb", None)                         # not installed
     with pytest.raises(ValueError, match=r"--wandb: .* pip install 'xtf\[wandb\]'"):
-        Log(flags, MODEL, 1.0)
+        Log(flags, MODEL, 1.0, SPECS)

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import xtf
+from tests import outsider
 from xtf.data import Sample, best_fit, cut, efficiency, pack, stack
 
 
@@ -85,6 +87,19 @@ def test_a_pack_of_nothing_is_padding():
     batch = stack([pack([], 6, 2), pack([Sample([1, 2, 3, 4, 5, 6], [1] * 6)], 6, 2)])
     assert batch.segments.tolist() == [[0, 6, 6], [0, 6, 6]] and batch.loss_mask.sum(1).tolist() == [0, 5]
     assert cut(batch, None) is batch
+
+
+def test_weights_that_sum_to_less_than_one_are_divided_by_their_sum():
+    """The loss is their weighted mean, whatever they sum to; only of no weight at all is it 0."""
+    ids, mask = [5, 6, 7, 8, 9], [0, 0.03, 0.01, 0.0, 0.02]
+    params = xtf.init(outsider.specs(torch.float64), seed=0)
+    state = xtf.TrainState.create(params, outsider.opt.init(params))
+    nll = outsider.nll(params, pack([Sample(ids, mask)], 6, 2), xtf.LOCAL)[0, :4]
+    want = (nll * torch.tensor(mask[1:])).sum() / sum(mask)
+    for scale in (1.0, 1e-6, 1e3):
+        batch = pack([Sample(ids, np.array(mask) * scale)], 6, 2)
+        torch.testing.assert_close(outsider.step(state, batch)[1]["loss"], want, rtol=1e-6, atol=0, check_dtype=False)
+    assert outsider.step(state, pack([Sample(ids, [0] * 5)], 6, 2))[1]["loss"] == 0
 
 
 def test_large_and_tight():

@@ -57,7 +57,7 @@ def step(state, batch, ops=xtf.LOCAL, *, name, k=1, over="document", same=False,
     `same`: every token goes to the same experts. `mutant` plants a mistake.
     """
     module, cfg, _, _ = family(name)
-    num_tokens, num_real = ops.total(batch.loss_mask.sum()).clamp(min=1), moe.num_tokens(batch, ops)
+    num_tokens, num_real = batch.loss_tokens(ops), moe.num_tokens(batch, ops)
     previous = state.extra["counts"] if over == "batch" else None
 
     def share(params, batch, ops):

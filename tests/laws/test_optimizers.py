@@ -21,7 +21,7 @@ from xtf.optim import (
     chain,
     clip_by_global_norm,
     ema,
-    hidden_matrix,
+    hidden_matrices,
     lion,
     moments,
     muon,
@@ -40,7 +40,7 @@ SHAPES = {  # uneven rows, stacked experts, wide and tall, a vector and a scalar
     "embed": (("vocab", 31), ("embed", 12)), "q": (("heads", 10), ("embed", 12)), "down": (("embed", 7), ("mlp", 5)),
     "experts": (("expert", 6), ("mlp", 9), ("embed", 12)), "few": (("expert", 2), ("embed", 5), ("mlp", 3)),
     "long": (("embed", 3), ("mlp", 700)), "vector": (("embed", 5),), "scalar": (), "frozen": (("embed", 4), ("mlp", 4))}
-mixed = lambda path, p: "muon" if hidden_matrix(path, p) else "adamw"
+mixed = lambda path, p: "muon" if hidden_matrices(specs())(path, p) else "adamw"
 exact = partial(muon, dtype=None)
 OPTIMIZERS = {
     "adamw": chain(clip_by_global_norm(0.5), adamw(schedules.cosine(1e-2, 9, 0.3))),
@@ -191,7 +191,7 @@ def test_each_matrix_is_done_once_and_moves_the_bytes_of_the_formula(layout):
 
 def step(state, batch, ops=xtf.LOCAL):
     """The outsider's step with Muon, and the extras that recipes pass."""
-    num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+    num_tokens = batch.loss_tokens(ops)
 
     def share(params, batch, ops):
         return (outsider.nll(params, batch, ops) * batch.loss_mask).sum() / num_tokens

@@ -24,7 +24,7 @@ TP = partial(tensor_parallel, CFG.head_dim)
 
 
 def step(state, batch, ops=xtf.LOCAL, cfg=CFG):
-    num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+    num_tokens = batch.loss_tokens(ops)
 
     def share(params, batch, ops):
         return qwen3.loss(params, batch, cfg, ops) / num_tokens

@@ -23,7 +23,6 @@ from xtf.optim import (
     apply_updates,
     chain,
     clip_by_global_norm,
-    hidden_matrix,
     lion,
     moments,
     muon,
@@ -183,7 +182,7 @@ OPTIMIZERS = {
     "sgd, momentum": sgd(schedules.linear(1e-2, steps=9), momentum=0.9, nesterov=True),
     "lion": lion(1e-3, mask=lambda path, p: "norm" not in path),
     "muon, adamw": partition({"muon": muon(schedules.constant(1e-2)), "adamw": adamw(1e-3)},
-                             lambda path, p: "muon" if hidden_matrix(path, p) else "adamw"),
+                             lambda path, p: "muon" if p.ndim in (2, 3) and "embed" not in path else "adamw"),
 }
 # a leaf's parts on their own
 ALONE = ("adamw", "no decay", "masked, scheduled", "clip", "clip, adamw", "nothing", "sgd", "sgd, momentum", "lion")

@@ -12,6 +12,7 @@ from tests.recipes.test_sft import ROOT, recipe
 from xtf import cli, device
 from xtf.cli._optimizer import OptimizerFlags, PretrainOptimizerFlags
 from xtf.cli.evaluation import EvaluationFlags
+from xtf.spec import Param
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if "def train(" in p.read_text())
 ELSEWHERE = ("optim", "schedules", "adamw(", "muon(", "guard(", "clip_by_global_norm", "eval_batches", "eval_step",
@@ -25,8 +26,9 @@ def test_there_are_seven():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda p: p.stem)
 def test_the_step_and_the_loop_are_written_out_and_the_rest_is_called(file):
     source = file.read_text()
-    code = ast.unparse(ast.parse(source.replace("cli.optimizer(flags)", "called")))
+    code = ast.unparse(ast.parse(source.replace("cli.optimizer(flags, model.specs(cfg))", "called")))
     assert "def train_step(state, batch, ops=xtf.LOCAL):" in code and "for i, batch in run.steps():" in code
+    assert "num_tokens = batch.loss_tokens(ops)" in code and "schedule(state.taken)" in code
     assert "value_and_grad(share)" in code and "tx.update(grads" in code and "state.apply(" in code
     body = code.split('"""', 2)[2]                                         # the docstring speaks of flags
     assert not [word for word in ELSEWHERE if word in body]
@@ -39,8 +41,10 @@ def test_the_optimizer_needs_no_flag_of_another_file():
     make = lambda trained: {"layers": [{"q": {"weight": torch.ones(4, 4, requires_grad=trained)}}],
                             "norm": torch.ones(4, requires_grad=trained)}
     params, grads = make(True), make(False)
+    specs = {"layers": [{"q": {"weight": Param((4, 4), torch.float32, ("heads", "embed"))}}],
+             "norm": Param((4,), torch.float32, ("embed",))}
     for flags in (OptimizerFlags(warmup=0.0), PretrainOptimizerFlags(warmup=0.0, optimizer="muon")):
-        tx, schedule, watch = cli.optimizer(flags)
+        tx, schedule, watch = cli.optimizer(flags, specs)
         tx.update(grads, tx.init(params), params)
         assert float(schedule(torch.tensor(0))) == flags.lr and watch.patience == flags.max_skipped
 

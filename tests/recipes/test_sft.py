@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from xtf import cli, hf
 from xtf.data import Loader, read_samples, stdlib_qa
+from xtf.models import llama
 from xtf.optim import schedules
 from xtf.testing import pool
 
@@ -89,7 +90,9 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
     """fp32, 20 steps, one seed, the same packs and schedule; each document alone, as packing is invisible."""
     tokenizer = AutoTokenizer.from_pretrained(files / "qwen3")
     model = AutoModelForCausalLM.from_pretrained(files / "qwen3", dtype=torch.float32, attn_implementation="sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    groups = [{"params": [p for n, p in model.named_parameters() if ("norm" in n) == norms], "weight_decay": decay}
+              for norms, decay in ((False, 0.1), (True, 0.0))]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     schedule = schedules.cosine(3e-3, STEPS, 0.1)
     samples, _ = read_samples(files / "train.jsonl", tokenizer, SEQ_LEN)
     loader, losses, norms = Loader(samples, SEQ_LEN, BATCH // SEQ_LEN, seed=0), [], []
@@ -106,7 +109,8 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.param_groups[0]["lr"] = float(schedule(torch.tensor(i)))
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule(torch.tensor(i)))
         optimizer.step()
         losses.append(loss.item())
     ours = curve(one)
@@ -114,6 +118,35 @@ def test_the_curve_is_that_of_a_plain_transformers_loop(files, one):
     assert max(abs(r["grad_norm"] / n - 1)
                for r, n in zip([r for r in rows(one) if "loss" in r], norms, strict=True)) < 1e-3
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name, more", [("qwen3_sft", ()), ("qwen3_pretrain", ("--optimizer", "muon"))])
+def test_the_logged_rate_is_the_one_that_is_applied(files, tmp_path, monkeypatch, name, more):
+    """Also after steps that were skipped, which the optimizer does not count. The first step that AdamW takes moves
+    each number by the rate, whatever the gradient, so the rate is read off the updates; those after it are the
+    schedule's, from its start."""
+    largest, make = [], cli.optimizer
+
+    def optimizer(*args):
+        tx, schedule, watch = make(*args)
+        check, seen = watch.check, []
+
+        def skipping(state, loss, norm):
+            seen.append(loss)
+            return check(state, loss * (float("nan") if len(seen) <= 3 else 1), norm)
+
+        def update(grads, state, params, ops, **extra):
+            updates, state = tx.update(grads, state, params, ops, **extra)
+            largest.append(updates["embed"]["weight"].abs().max().item())
+            return updates, state
+        watch.check = skipping
+        return tx._replace(update=update), schedule, watch
+    monkeypatch.setattr(cli, "optimizer", optimizer)
+    train(name, argv(files, tmp_path, "qwen3", "--steps", "6", "--warmup", "0.5", "--weight-decay", "0", *more))
+    steps = [r for r in rows(tmp_path) if "loss" in r]
+    assert [r["skipped"] for r in steps] == [1, 2, 3, 3, 3, 3] and largest[:3] == [0, 0, 0]
+    assert steps[3]["lr"] == pytest.approx(largest[3], rel=1e-5)
+    assert [r["lr"] for r in steps] == pytest.approx([3e-3 * n / 4 for n in (1, 1, 1, 1, 2, 3)], rel=1e-12)
 
 
 def test_what_a_run_leaves(files, one):
@@ -203,6 +236,13 @@ def test_flags_that_are_refused_by_name(files, tmp_path, more, message):
 def test_meshes_that_do_not_fit(files, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         train("qwen3_sft", argv(files, tmp_path, "qwen3", *more))
+
+
+def test_heads_that_do_not_divide_are_refused_before_anything_is_read(files, tmp_path):
+    """From the config, since specs do not always tell how many heads there are."""
+    flags = cli.parse(cli.Flags, argv(files, tmp_path, "llama", "--mesh", "sp=3"))
+    with pytest.raises(ValueError, match="--mesh sp=3: sp=3 does not divide the 4 query heads of --model"):
+        cli.model(flags, llama, other="")
 
 
 def test_held_out_data_without_loss_is_refused(files, tmp_path):

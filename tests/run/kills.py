@@ -26,7 +26,8 @@ from xtf.testing import Pool
 from xtf.transforms import jit
 
 STEPS, SEQ_LEN, PACKS = 30, 16, 4
-MODEL = SimpleNamespace(flops=lambda cfg, lengths: float(sum(lengths)), names=lambda cfg: {})
+MODEL = SimpleNamespace(flops=lambda cfg, lengths, specs: float(sum(lengths)), names=lambda cfg: {},
+                        specs=lambda cfg: {})
 
 
 def specs(dtype):

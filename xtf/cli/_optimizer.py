@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from xtf import optim
+from xtf import optim, tree
 from xtf.optim import schedules
+from xtf.spec import matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class OptimizerFlags:
     warmup: float = 0.03
     """The fraction of --steps in which the rate rises."""
     weight_decay: float = 0.1
+    """Of matrices; norms, biases and sinks never decay."""
     clip: float = 1.0
     """Global gradient norm."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -40,22 +42,21 @@ class PretrainOptimizerFlags(OptimizerFlags):
     """muon takes the layers' matrices at the same rate; adamw the rest, or all."""
 
 
-def optimizer(flags: OptimizerFlags) -> tuple[optim.Optimizer, schedules.Schedule, optim.Guard]:
+def optimizer(flags: OptimizerFlags, specs: tree.Tree) -> tuple[optim.Optimizer, schedules.Schedule, optim.Guard]:
     """(optimizer, its schedule, guard): clipping, then AdamW, or in pre-training, if asked for, Muon for the layers'
     matrices.
 
-    In fine-tuning the rate is a cosine, and all leaves decay; in pre-training it is WSD's, and only matrices decay.
+    In fine-tuning the rate is a cosine, in pre-training WSD's. Only matrices decay, as the model's `specs` have them.
     """
     if isinstance(flags, PretrainOptimizerFlags):
         schedule = schedules.wsd(flags.lr, flags.steps, flags.warmup, flags.decay)
-        mask = lambda path, leaf: leaf.ndim > 1
     else:
-        schedule, mask = schedules.cosine(flags.lr, flags.steps, flags.warmup), None
-    tx = optim.adamw(schedule, weight_decay=flags.weight_decay, mask=mask, moments=flags.moments)
+        schedule = schedules.cosine(flags.lr, flags.steps, flags.warmup)
+    tx = optim.adamw(schedule, weight_decay=flags.weight_decay, mask=matrices(specs), moments=flags.moments)
     if isinstance(flags, PretrainOptimizerFlags) and flags.optimizer == "muon":
-        matrices = optim.muon(schedule, weight_decay=flags.weight_decay)
-        tx = optim.partition({"muon": matrices, "adamw": tx},
-                             lambda path, leaf: "muon" if optim.hidden_matrix(path, leaf) else "adamw")
+        hidden = optim.hidden_matrices(specs)
+        tx = optim.partition({"muon": optim.muon(schedule, weight_decay=flags.weight_decay), "adamw": tx},
+                             lambda path, leaf: "muon" if hidden(path, leaf) else "adamw")
     return optim.chain(optim.clip_by_global_norm(flags.clip), tx), schedule, guard(flags)
 
 

@@ -53,4 +53,4 @@ class Evaluation:
         batches = eval_batches(self.held_out, self.loader.seq_len, self.loader.packs_per_step, self.mesh)
         nll, tokens = torch.stack([self.step(state, on_device(batch)) for batch in batches]).sum(0).tolist()
         settle()
-        return nll / max(tokens, 1)
+        return nll / (tokens or 1)

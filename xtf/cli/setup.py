@@ -43,11 +43,15 @@ def start(flags: Flags) -> DeviceMesh | None:
 def model(flags: Flags, *families: ModuleType, other: str) -> tuple[ModuleType, Any]:
     """(the family's module, the decoded config) of --model.
 
-    Raises ValueError where it is none of `families`, with `other` as what to say of it, and as `models.from_hf`.
+    Raises ValueError where it is none of `families`, with `other` as what to say of it, where `sp` does not divide its
+    query heads, and as `models.from_hf`.
     """
     module, cfg = models.from_hf(flags.model, say)
     if module not in families:
         raise ValueError(f"--model {flags.model}: {module.__name__} {other}")
+    if cfg.num_attention_heads % (sp := parse_mesh(flags.mesh).get("sp", 1)):
+        raise ValueError(f"--mesh {flags.mesh}: sp={sp} does not divide the {cfg.num_attention_heads} query heads of "
+                         f"--model {flags.model}")
     return module, cfg
 
 
@@ -66,6 +70,13 @@ def transforms(flags: Flags, training: bool = True) -> tuple[Transform, ...]:
     if training and micro_packs(flags) == 2:
         out.append(overlap())
     return tuple(out)
+
+
+def step_specs(flags: Flags, specs: tree.Tree) -> tree.Tree:
+    """A model's specs as the flags' transforms leave them: what `shard` has in `.specs`."""
+    for transform in sorted(transforms(flags), key=lambda t: t.stage):
+        specs = transform.specs(specs)
+    return specs
 
 
 def micro_packs(flags: Flags) -> int:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from xtf import tree
 from xtf.kernels import functorch_active, is_fake
 from xtf.layout import PACK_AXES
+from xtf.ops import LOCAL, Ops
 
 POSITION_AXIS = "sp"                   # ranks that differ in this one hold other positions of the same packs
 
@@ -58,6 +59,18 @@ class Batch:
         if self.lengths is None and isinstance(self.input_ids, torch.Tensor):
             P, T = self.input_ids.shape
             object.__setattr__(self, "lengths", torch.full((P,), T, device=self.input_ids.device))
+
+    def loss_tokens(self, ops: Ops = LOCAL) -> torch.Tensor:
+        """The sum of `loss_mask` over the whole global batch, or 1 where it is 0: what a step divides its shares by.
+
+        Weights may be fractions, and sum to less than 1; only 0 / 0 is to be kept out of the parameters.
+
+        >>> batch = pack([Sample([5, 6, 7], [0, 0.25, 0.125])], seq_len=3, max_documents=1)
+        >>> batch.loss_tokens().item(), pack([], seq_len=3, max_documents=1).loss_tokens().item()
+        (0.375, 1.0)
+        """
+        total = ops.total(self.loss_mask.sum())
+        return torch.where(total == 0, 1, total)
 
 
 def _tell(segments: torch.Tensor, longest: int) -> None:

@@ -79,7 +79,8 @@ def reference(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weights_T: Tens
 
 def reference_logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """`token_logprobs` in plain torch, all logits at once."""
-    return _plain_logits(x_TD, weight_VD).log_softmax(-1).gather(-1, labels_T[:, None]).squeeze(-1)
+    logits_TV = _plain_logits(x_TD, weight_VD)
+    return logits_TV.gather(-1, labels_T[:, None]).squeeze(-1) - logits_TV.logsumexp(-1)
 
 
 def _plain_logits(x_TD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -130,15 +131,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             total_part += part.to(total.dtype)
 
 
-def _to_probs(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities in place. Returns (label's logit, logsumexp), both [C].
+def _to_probs(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits into probabilities in place, each row `total` times too large. Returns (label's logit, logsumexp,
+    total), all [C]; on a CPU in float64.
 
     The largest probability is exp(0) / sum, and never underflows; one fused softmax and two maxima are the fewest
-    passes that torch has.
+    passes that torch has. A CPU's softmax adds a row up in float32, lane by lane, and its sum is off by up to 4e-5 at
+    150,000 logits. So what came out is added up once more, by `sum`, which is off by 1e-7: a row's total is the true
+    sum over the one that softmax divided by.
     """
-    label_C, top_C = logits_CV.gather(1, labels_C1).squeeze(1), logits_CV.amax(-1)
+    exact = logits_CV.dtype if logits_CV.device.type != "cpu" else torch.float64
+    label_C, top_C = logits_CV.gather(1, labels_C1).squeeze(1).to(exact), logits_CV.amax(-1).to(exact)
     torch.softmax(logits_CV, -1, out=logits_CV)
-    return label_C, top_C - logits_CV.amax(-1).log_()
+    largest_C = logits_CV.amax(-1).to(exact)
+    total_C = torch.ones_like(top_C) if exact == logits_CV.dtype != torch.float64 else logits_CV.sum(-1).to(exact)
+    return label_C, top_C + (total_C / largest_C).log(), total_C
 
 
 # ---------------------------------------------------------------- the loss
@@ -154,7 +161,7 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
     x_nD, weight_VD = _operands(x_TD, weight_VD)
     (n, D), V, wide = x_nD.shape, len(weight_VD), at_least_float32(x_nD.dtype)
     weights_n = weights_T.to(wide)
-    loss = x_nD.new_zeros((), dtype=wide)
+    loss = x_nD.new_zeros((), dtype=torch.float64 if x_nD.device.type == "cpu" else wide)
     dx_nD = x_nD.new_empty(n, D, dtype=wide) if needs_x else None
     dweight_VD = x_nD.new_empty(V, D, dtype=wide) if needs_weight and n else None
     buffer = narrow = None
@@ -165,13 +172,14 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
             # products, then probabilities, in their dtype
             narrow = buffer if wide == x_nD.dtype else x_nD.new_empty(len(x_CD), V)
         d_CV = _product(x_CD, weight_VD.T, buffer[:len(x_CD)], narrow[:len(x_CD)])
-        label_C, lse_C = _to_probs(d_CV, labels_C1)
+        label_C, lse_C, total_C = _to_probs(d_CV, labels_C1)
         loss += (weights_C * (lse_C - label_C + z_loss * lse_C.square())).sum()
         if dx_nD is None and dweight_VD is None:
             continue
         if z_loss:
-            d_CV.mul_((1 + 2 * z_loss * lse_C)[:, None])
-        d_CV.scatter_add_(1, labels_C1, d_CV.new_full((1, 1), -1).expand_as(labels_C1))
+            d_CV.mul_((1 + 2 * z_loss * lse_C).to(wide)[:, None])
+        d_CV.scatter_add_(1, labels_C1, -total_C.to(wide)[:, None])
+        weights_C = (weights_C / total_C).to(wide)
         d_CV = d_CV if narrow is buffer else narrow[:len(x_CD)].copy_(d_CV)
         if dweight_VD is not None:               # the tokens' weights multiply rows of D numbers, not of V
             rows_CD = (x_CD * weights_C[:, None]).to(x_CD.dtype)
@@ -186,7 +194,7 @@ def _loss_and_gradients(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, weigh
     if dx_nD is not None and n < T:
         assert chosen is not None
         dx_nD = dx_nD.new_zeros(T, D).index_copy_(0, chosen, dx_nD)
-    return loss, dx_nD, dweight_VD
+    return loss.to(wide), dx_nD, dweight_VD
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -224,8 +232,8 @@ def _logprobs(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     buffer = None
     for at in _chunks(x_TD, len(weight_VD)):
         buffer = out_T.new_empty(len(x_TD[at]), len(weight_VD)) if buffer is None else buffer
-        label_C, lse_C = _to_probs(_product(x_TD[at], weight_VD.T, buffer[:len(x_TD[at])]), labels_T[at, None])
-        torch.sub(label_C, lse_C, out=out_T[at])
+        label_C, lse_C, _ = _to_probs(_product(x_TD[at], weight_VD.T, buffer[:len(x_TD[at])]), labels_T[at, None])
+        out_T[at] = label_C - lse_C
     return out_T
 
 

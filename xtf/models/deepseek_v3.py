@@ -5,14 +5,15 @@ P packs   t positions here   T positions of a pack   S documents   D hidden   r 
 E experts   K experts of a token   G groups of experts, of which a token chooses g   n tokens of a document
 k the number of an MTP module, from 1: it predicts k tokens further ahead than the layers do
 """
-import math
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
 import msgspec
 import torch
 
+from xtf import flops as of
 from xtf import moe, nn, tree
 from xtf.data.batch import Batch
 from xtf.models import mla
@@ -170,7 +171,7 @@ def specs(cfg: Config, dtype: torch.dtype = torch.float32) -> dict:
         if not sparse:
             return nodes | mlp(cfg.intermediate_size)
         nodes |= {
-            "router": product(E, D, ("router", "embed")),
+            "router": {"weight": replace(product(E, D, ("router", "embed"))["weight"], wide=True)},
             "correction": {"bias": Param((E,), torch.float32, ("router",), ZEROS, trainable=False)},
             "experts": mlp(cfg.moe_intermediate_size, E),
         }
@@ -295,20 +296,28 @@ def loss_and_routing(params: dict, batch: Batch, cfg: Config, ops: Ops = LOCAL,
     return total, moe.gather(routed)
 
 
-def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """Forward FLOPs of `loss_and_routing` over documents of these lengths; times 3 with the backward pass.
+def flops(cfg: Config, lengths: Sequence[int], step: tree.Tree | None = None) -> float:
+    """FLOPs of `loss_and_routing` over documents of these lengths: forward, or with the specs of a `step` those of
+    forward and of the gradients that are made, as in `xtf.nn.flops`.
 
-    2 × (weights that multiply: head, router and the K experts that a token chooses included) × tokens, the head once
-    more for each MTP module, in the k-th of which the last k tokens of a document choose no expert and predict nothing.
-    And `mla.flops` for each layer and module.
+    Attention is `mla.flops` for each layer and module. The head comes once more for each MTP module, in the k-th of
+    which the last k tokens of a document choose no expert and predict nothing.
     """
-    whole, tokens = specs(cfg), sum(lengths)
-    modules, head = whole.pop("mtp", []), whole["head" if "head" in whole else "embed"]
-
-    def weights(nodes: tree.Tree) -> int:
-        chosen = lambda p: (cfg.num_experts_per_tok, *p.shape[1:]) if p.axes[0] == "expert" else p.shape
-        return sum(math.prod(chosen(p)) for p in tree.leaves(nodes) if len(p.shape) > 1)
-
-    total = tokens * weights([whole["layers"], head]) + sum(tokens * weights([p, head]) for p in modules)
-    total -= sum(min(k, n) * weights([p["experts"], head]) for k, p in enumerate(modules, 1) for n in lengths)
-    return 2.0 * total + (len(whole["layers"]) + len(modules)) * mla.flops(cfg, lengths)
+    whole, tokens, scores = specs(cfg) if step is None else step, sum(lengths), mla.flops(cfg, lengths)
+    head, embedded = whole["head" if "head" in whole else "embed"], of.trained(whole["embed"])
+    count = lambda work: work.forward if step is None else work.both
+    attention = lambda work: scores * (1 if step is None else 1 + 2 * work.attention)
+    total, needs, before = 0.0, embedded, whole
+    for p in whole["layers"]:
+        work = of.layer(p, needs, tokens, cfg.num_experts_per_tok)
+        total, needs = total + count(work) + attention(work), work.needs
+    total += count(of.product(head, needs or of.trained(whole["norm"]), tokens))
+    for k, p in enumerate(whole.get("mtp", []), 1):
+        there = tokens - sum(min(k, n) for n in lengths)
+        both = needs or embedded or of.trained([before["norm"], p["enorm"], p["hnorm"]])
+        joined = of.product(p["eh_proj"], both, tokens)
+        rest = {name: node for name, node in p.items() if name not in ("enorm", "hnorm", "eh_proj", "norm")}
+        work = of.layer(rest, joined.needs, tokens, cfg.num_experts_per_tok, there)
+        total, needs, before = total + count(joined) + count(work) + attention(work), work.needs, p
+        total += count(of.product(head, needs or of.trained(p["norm"]), there))
+    return total

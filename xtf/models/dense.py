@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from xtf import nn
+from xtf import nn, tree
 from xtf.data.batch import Batch
 from xtf.ops import Ops
 
@@ -84,7 +84,6 @@ def decoder(params: dict, batch: Batch, cfg: DenseConfig, ops: Ops) -> torch.Ten
 hidden, forward, loss, token_losses = nn.ends(decoder)
 
 
-def flops(cfg: DenseConfig, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths: the formula of `xtf.nn.flops`, in which biases and norms
-    do not count; times 3 with the backward pass."""
-    return nn.flops(specs(cfg), cfg, cfg.windows, lengths)
+def flops(cfg: DenseConfig, lengths: Sequence[int], step: tree.Tree | None = None) -> float:
+    """FLOPs of documents of these lengths, by `xtf.nn.flops`: of a forward pass; with a `step`'s specs, of that."""
+    return nn.flops(specs(cfg), cfg, cfg.windows, lengths, step)

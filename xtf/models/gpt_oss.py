@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import torch
 
-from xtf import moe, nn
+from xtf import moe, nn, tree
 from xtf.hf import Transposed
 from xtf.models import dense, sparse
 from xtf.models.config import decode, default_head_dim, layer_windows, num_kv_heads, one_spelling
@@ -164,6 +164,6 @@ decoder = partial(sparse.decoder, block=block)
 hidden, forward, loss, token_losses, loss_and_routing = sparse.ends(decoder)
 
 
-def flops(cfg: Config, lengths: Sequence[int]) -> float:
-    """FLOPs of a forward pass over documents of these lengths, by `xtf.nn.flops`; times 3 with the backward pass."""
-    return nn.flops(specs(cfg), cfg, cfg.windows, lengths)
+def flops(cfg: Config, lengths: Sequence[int], step: tree.Tree | None = None) -> float:
+    """FLOPs of documents of these lengths, by `xtf.nn.flops`: of a forward pass; with a `step`'s specs, of that."""
+    return nn.flops(specs(cfg), cfg, cfg.windows, lengths, step)

@@ -9,10 +9,10 @@ from xtf.optim import schedules
 from xtf.optim._adamw import adamw
 from xtf.optim._ema import Ema, averaged, ema
 from xtf.optim._guard import Guard, guard
-from xtf.optim._muon import hidden_matrix, muon, orthogonalise
+from xtf.optim._muon import hidden_matrices, muon, orthogonalise
 from xtf.optim._partition import partition
 from xtf.optim.core import Optimizer, apply_updates, chain, clip_by_global_norm
 from xtf.optim.leafwise import lion, sgd
 
 __all__ = ["Ema", "Guard", "Optimizer", "adamw", "apply_updates", "averaged", "chain", "clip_by_global_norm", "ema",
-           "guard", "hidden_matrix", "lion", "muon", "orthogonalise", "partition", "schedules", "sgd"]
+           "guard", "hidden_matrices", "lion", "muon", "orthogonalise", "partition", "schedules", "sgd"]

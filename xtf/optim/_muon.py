@@ -10,6 +10,7 @@ from xtf.layout import like, local
 from xtf.ops import LOCAL, Ops
 from xtf.optim.core import Mask, Optimizer, chosen, count, known, moment, of_dtype, refusal
 from xtf.optim.schedules import Schedule
+from xtf.spec import matrices
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
@@ -26,7 +27,7 @@ def muon(lr: float | Schedule, momentum: float = 0.95, nesterov: bool = True, st
 
     Leaves are [a, b], or stacks [..., a, b] of matrices, each for itself (experts). Those that are stored in parts are
     brought together by `ops.matrices`, each on one rank. Embeddings, the head and vectors want another optimizer: see
-    `partition` and `hidden_matrix`.
+    `partition` and `hidden_matrices`.
 
     Args:
         lr: the learning rate, a number, or a schedule that is called with the number of steps done.
@@ -129,10 +130,16 @@ def orthogonalise(x_Nab: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide else x.mT
 
 
-def hidden_matrix(path: str, leaf: torch.Tensor) -> bool:
-    """Whether Muon is meant for a leaf: a matrix or a stack of them, and neither embedding nor head.
+def hidden_matrices(specs: tree.Tree) -> Mask:
+    """`(path, leaf) -> whether Muon is meant for the leaf`: a matrix or a stack of them by its axes (`specs` are the
+    model's), and neither embedding nor head.
 
-    >>> [hidden_matrix(path, torch.ones(2, 2)) for path in ("layers.0.q.weight", "embed.weight", "head.weight")]
+    >>> from xtf.spec import Param
+    >>> specs = {name: {"weight": Param((2, 2), torch.float32, axes)} for name, axes in (
+    ...     ("q", ("heads", "embed")), ("embed", ("vocab", "embed")), ("bias", ("expert", "embed")))}
+    >>> hidden = hidden_matrices(specs)
+    >>> [hidden(f"{name}.weight", torch.ones(2, 2)) for name in specs]
     [True, False, False]
     """
-    return leaf.ndim in (2, 3) and not {"embed", "head"} & set(path.split("."))
+    matrix = matrices(specs)
+    return lambda path, leaf: matrix(path, leaf) and not {"embed", "head"} & set(path.split("."))

@@ -1,5 +1,5 @@
 """What every optimizer shares: the pair, `chain`, clipping, and adding the updates to the parameters."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,6 +58,32 @@ def count(params: tree.Tree) -> torch.Tensor:
     """The number of steps taken so far, an int64 zero where the parameters are: the host never waits for `ok`."""
     where = next((p.device for p in tree.leaves(params)), "cpu")
     return torch.zeros((), dtype=torch.int64, device=where)
+
+
+def taken(state: Any) -> torch.Tensor:
+    """The count of an optimizer's state: how many steps it has taken, which is what its schedule is called with.
+
+    Optimizers behind a `partition` count alike, but for one that has no leaves and stays at 0.
+
+    Raises ValueError if nothing in the state counts.
+
+    >>> tx, params = clip_by_global_norm(1.0), {"w": torch.ones(1)}
+    >>> taken((tx.init(params), {"muon": {"step": torch.tensor(0)}, "adamw": {"step": torch.tensor(7)}})).item()
+    7
+    """
+    counts = list(_counts(state))
+    if not counts:
+        raise ValueError("taken: this optimizer's state has no count of steps: nothing in it is called `step`")
+    return counts[0] if len(counts) == 1 else torch.stack(counts).amax()
+
+
+def _counts(state: Any) -> Iterator[torch.Tensor]:
+    """The scalars called `step` nearest to the root: below them are trees of moments, with names of their own."""
+    if isinstance(state, dict) and isinstance(state.get("step"), torch.Tensor):
+        yield state["step"]
+    elif isinstance(state, dict | tuple | list):
+        for child in state.values() if isinstance(state, dict) else state:
+            yield from _counts(child)
 
 
 def moment(p: torch.Tensor) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xtf import tree
 from xtf.ops import Ops
 from xtf.parallel.collectives import all_to_all
 from xtf.transform import Env, Stage, Transform
@@ -22,13 +23,41 @@ from xtf.transform import Env, Stage, Transform
 def ulysses(axis: str = "sp") -> Transform:
     """Divide the sequence over a mesh axis ("sp", as `xtf.data` does; for another cut labels and masks yourself).
 
-    Raises ValueError, when the step runs, if the axis does not divide the positions or the query heads.
+    Raises ValueError if the axis does not divide the query heads: from `shard` where specs tell (a leaf's dim called
+    "heads" has all of them, times the dims of one, which q_norm has), else when the step runs; then, too, if it does
+    not divide the positions.
 
     >>> ulysses("sp").tokens
     ('sp',)
     """
-    return Transform("ulysses", Stage.SEQUENCE, lambda ops, env: _wrap(ops, env, axis) if env.size(axis) > 1 else ops,
-                     tokens=(axis,))
+    seen: list[tree.Tree] = []
+
+    def specs(specs: tree.Tree) -> tree.Tree:
+        seen[:] = [specs]
+        return specs
+
+    def wrap(ops: Ops, env: Env) -> Ops:
+        if env.size(axis) == 1:
+            return ops
+        for specs in seen:
+            _check(specs, axis, env.size(axis))
+        return _wrap(ops, env, axis)
+    return Transform("ulysses", Stage.SEQUENCE, wrap, specs=specs, tokens=(axis,))
+
+
+def _check(specs: tree.Tree, axis: str, W: int) -> None:
+    """Raise where a dim called "heads" shows that `axis` does not divide the heads: what is left over of the dim is not
+    always enough to tell (6 heads of 2 divide over 4), so the dims of one head are taken out where a leaf has them."""
+    leaves = tree.flatten_with_path(specs)
+    dims = {p.shape[0] for _, p in leaves if p.axes == ("head_dim",)}
+    each = dims.pop() if len(dims) == 1 else 1
+    for path, p in leaves:
+        for n in (n for n, name in zip(p.shape, p.axes, strict=True) if name == "heads"):
+            heads = n // each if len(p.shape) > 1 and n % each == 0 else n
+            if heads % W:
+                what = f"{heads} query heads" if each > 1 else f'the "heads" of {path}, {n},'
+                raise ValueError(f"ulysses: {axis}={W} does not divide {what}; use an axis whose size divides the "
+                                 "query heads")
 
 
 def _wrap(ops: Ops, env: Env, axis: str) -> Ops:

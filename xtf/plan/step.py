@@ -109,7 +109,7 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
     watch, has_experts = guard(), hasattr(cfg, "router")
 
     def train_step(state: Any, batch: Batch, ops: Any = xtf.LOCAL) -> Any:
-        num_tokens = ops.total(batch.loss_mask.sum()).clamp(min=1)
+        num_tokens = batch.loss_tokens(ops)
         num_routed = moe.num_tokens(batch, ops) if has_experts else None
 
         def share(params: Any, batch: Batch, ops: Any) -> Any:

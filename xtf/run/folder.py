@@ -142,7 +142,8 @@ class Run:
         if source is not None and source[0] != self.out / "checkpoints":
             rows = self.out / "metrics.jsonl"                         # of another run
             self.peers.tell("begin", lambda: rows.unlink(missing_ok=True))
-        self.logged = self.held.enter_context(Log(flags, model, cfg, self.mesh, first=self.first))
+        specs = cli.step_specs(flags, model.specs(cfg))
+        self.logged = self.held.enter_context(Log(flags, model, cfg, specs, self.mesh, first=self.first))
         if flags.save_every:
             self._checkpoints = self._open(self.out / "checkpoints")
         if dist.is_initialized():                                     # one process has nobody to wait for

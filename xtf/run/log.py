@@ -13,7 +13,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.distributed.device_mesh import DeviceMesh
 
-from xtf import device
+from xtf import device, tree
 from xtf.parallel import is_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -31,16 +31,18 @@ class Log:
     elsewhere it is printed, about a hundred times a run.
 
     tokens are those of the step's documents over all ranks, padding left out; tokens_per_s counts the time since the
-    last row, so that neither evaluations nor their rows slow it down. mfu = 3 × forward FLOPs (`model.flops`) / seconds
-    / (ranks × `device.peak_flops`).
+    last row, so that neither evaluations nor their rows slow it down. mfu = FLOPs of forward and of the gradients
+    that are made (`model.flops` of the step's specs: frozen leaves have none) / seconds / (ranks ×
+    `device.peak_flops`).
 
-    `flags` has out, steps and dtype ("fp32", "bf16", "fp64"); `model.flops(cfg, lengths)` is the forward pass's
-    FLOPs.
+    `flags` has out, steps and dtype ("fp32", "bf16", "fp64"); `model.flops(cfg, lengths, specs)` is a step's FLOPs,
+    `specs` being those of the step, as its transforms left them.
     """
 
-    def __init__(self, flags: Any, model: Any, cfg: Any, mesh: DeviceMesh | None = None, first: int = 0):
+    def __init__(self, flags: Any, model: Any, cfg: Any, specs: tree.Tree, mesh: DeviceMesh | None = None,
+                 first: int = 0):
         self.flags, self.out, self.main = flags, Path(flags.out), is_main()
-        self.flops = lambda lengths: 3 * model.flops(cfg, lengths)
+        self.flops = lambda lengths: model.flops(cfg, lengths, specs)
         self.curves: dict[str, list[tuple[int, float]]] = {"loss": [], "eval_loss": []}
         if not self.main:
             return

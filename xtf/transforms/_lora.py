@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from xtf import tree
 from xtf.layout import Place, like, local
 from xtf.ops import Ops
-from xtf.spec import ZEROS, Param
+from xtf.spec import ZEROS, Param, is_matrix
 from xtf.transform import Env, Stage, Transform
 
 A, B = "lora_a", "lora_b"
@@ -75,7 +75,7 @@ def _adapted(specs: tree.Tree, rank: int, targets: Sequence[str] | None, base_dt
     used: set[str] = set()
 
     def frozen(p: Param) -> Param:
-        narrow = base_dtype is not None and p.dtype == torch.float32 and len(p.shape) >= 2
+        narrow = base_dtype is not None and p.dtype == torch.float32 and is_matrix(p)
         return replace(p, trainable=False, dtype=base_dtype if narrow else p.dtype)
 
     def visit(path: str, x: Any) -> Any:
@@ -102,7 +102,7 @@ def _adapted(specs: tree.Tree, rank: int, targets: Sequence[str] | None, base_dt
 
 
 def _is_product(p: Any) -> bool:
-    return isinstance(p, Param) and len(p.shape) - (p.axes[:1] == ("expert",)) == 2 and not UNTOUCHED & set(p.axes)
+    return isinstance(p, Param) and is_matrix(p) and not UNTOUCHED & set(p.axes)
 
 
 def _adapter(w: Param, rank: int) -> dict[str, Param]:
