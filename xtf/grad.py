@@ -74,8 +74,8 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
         if earlier is not None:
             for x, g in zip(leaves, earlier, strict=True):
                 x.grad = g
-        last = ops.into is None or ops.into.last
-        if last:
+        adding = None if ops.into is None or ops.into.last else ops.into
+        if adding is None:
             ops.watch(leaves)
         torch.autograd.backward(loss, inputs=wanted)
         value = tree.tree_map(torch.Tensor.detach, loss if sums is None else (loss, sums))
@@ -83,9 +83,9 @@ def value_and_grad(share: Callable[..., Any]) -> Callable[..., tuple[Any, tree.T
         grads: list[Any] = [x.grad for x in leaves]
         del out, loss, sums, before
         # 3. gradients have memory of their own before the next micro-batch's are added to it
-        if not last:
+        if adding is not None:
             _forget(leaves)
-            ops.into.give(grads if earlier is not None else _own(grads), value)
+            adding.give(grads if earlier is not None else _own(grads), value)
             return value, None
         value = tree.tree_map(ops.total, value)
         grads = ops.collect(grads, leaves)

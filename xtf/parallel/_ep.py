@@ -190,7 +190,9 @@ class Bounds:
         return fits if ok is None else ok & fits
 
     def fits(self, most: torch.Tensor) -> torch.Tensor:
-        return (most[0] <= self.strategy.rows) & (most[1] <= self.strategy.pairs)
+        rows, pairs = self.strategy.rows, self.strategy.pairs
+        assert rows is not None and pairs is not None
+        return (most[0] <= rows) & (most[1] <= pairs)
 
     def checked(self, run: Callable) -> Callable:
         if self.strategy.rows is None:
@@ -212,9 +214,12 @@ class Bounds:
     def settle(self) -> None:
         coming, self.coming = self.coming, None
         _unread.discard(self)
-        needed = coming() if coming is not None else {"rows": 0, "pairs": 0}
-        if needed["rows"] > self.strategy.rows or needed["pairs"] > self.strategy.pairs:
-            bounds = f"static(rows={self.strategy.rows}, pairs={self.strategy.pairs})"
+        rows, pairs = self.strategy.rows, self.strategy.pairs
+        if coming is None or rows is None or pairs is None:
+            return
+        needed = coming()
+        if needed["rows"] > rows or needed["pairs"] > pairs:
+            bounds = f"static(rows={rows}, pairs={pairs})"
             raise Overflow(f"ep: {bounds} is too little: the last step needed rows={needed['rows']:.0f} and "
                            f"pairs={needed['pairs']:.0f}. It made no update: parameters and moments are as they were; "
                            "raise the bounds, or use exact()")
@@ -225,7 +230,7 @@ _unread: weakref.WeakSet[Bounds] = weakref.WeakSet()
 
 def _kept(state: Any, out: Any, fits: torch.Tensor) -> Any:
     """A step's result with the `extra` that it was given where bounds did not fit."""
-    new = out[0] if isinstance(out, tuple) and out else None
+    new: Any = out[0] if isinstance(out, tuple) and out else None
     if type(new) is not type(state) or not hasattr(new, "extra"):        # not a `TrainState`: a loss, say
         return out
     old = dict(tree.flatten_with_path(state.extra))

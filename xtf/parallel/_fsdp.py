@@ -287,9 +287,8 @@ class Prepared(NamedTuple):
 def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -> Ops:
     schedule = Schedule(reduce_dtype, env.sums)
     for p in () if env.layout is None else tree.leaves(env.layout):
-        for use in ("weights", "gradients"):  # making groups is a collective: here, in one order, and not inside a step
-            if p.store:
-                M.group_of(p.mesh, use)
+        for kind in ("weights", "gradients") if p.store else ():
+            M.group_of(p.mesh, kind)  # making groups is a collective: here, in one order, and not inside a step
 
     def prepare(params: tree.Tree) -> Prepared:
         leaves, treedef = tree.flatten(params)

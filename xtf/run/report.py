@@ -33,8 +33,9 @@ INK, COLORS = "#808080", ("#3d87d9", "#e0762c", "#34a070", "#a06cd5", "#d9538c",
 LAST = 20                                                               # steps whose mean is "the loss at the end"
 MFU = """MFU = FLOPs / seconds / (ranks × peak FLOP/s of one device). FLOPs are those of products with weights and of
 attention inside each document, forward and backward: 3 × forward where everything is trained, less where leaves are
-frozen, whose gradients are not made. Neither padding nor recomputation counts. The peak is that of dense products in --dtype: the maker's datasheet where there is one, else
-measured. Tokens/s leaves out padding, and both leave out evaluations."""
+frozen, whose gradients are not made. Neither padding nor recomputation counts. The peak is that of dense products in
+--dtype: the maker's datasheet where there is one, else measured. Tokens/s leaves out padding, and both leave out
+evaluations."""
 
 
 class Run(NamedTuple):

@@ -117,7 +117,7 @@ class Late(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any):
         super().__init__(rank, size)
-        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     # In each: what is read, what is written, and the call on the group beneath, given both.
 
@@ -175,9 +175,9 @@ class Late(dist.ProcessGroup):
         return self._later("barrier", [], [], lambda *_: self.gloo.barrier())
 
     # torch 2.13's names
-    all_gather_single = _allgather_base
-    reduce_scatter_single = _reduce_scatter_base
-    all_to_all_single = alltoall_base
+    all_gather_single: Any = _allgather_base
+    reduce_scatter_single: Any = _reduce_scatter_base
+    all_to_all_single: Any = alltoall_base
 
     def _later(self, kind: str, reads: list, writes: list, make: Callable[[list, list], Any]) -> LateWork:
         caller, functional = _caller()
@@ -237,7 +237,7 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 def _hold(x: torch.Tensor) -> Held:
     x = x.detach()
-    return Held(weakref.ref(x.untyped_storage()), x.shape, x.stride(), x.storage_offset(), x.dtype, x.clone())
+    return Held(weakref.ref(x.untyped_storage()), x.shape, x.stride(), int(x.storage_offset()), x.dtype, x.clone())
 
 
 def _caller() -> tuple[str, bool]:
