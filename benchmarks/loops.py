@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xtf
 from xtf import device, spec, tree
-from xtf.data.batch import Batch, Sample, pack, stack
+from xtf.data.batch import Batch, Sample, pack_rows, room
 from xtf.models import qwen3, qwen3_moe
 from xtf.optim import adamw, chain, clip_by_global_norm
 from xtf.parallel import fsdp
@@ -124,7 +124,7 @@ def ragged(shape: Sizes, packs: int, seq_len: int, seed: int, whole: bool = Fals
             lengths.append(min(max(drawn, 8), seq_len - sum(lengths)))
         rows.append([Sample(torch.randint(shape.vocab, (n,), generator=g), torch.arange(n) >= n - trained * n)
                      for n in lengths])
-    return stack([pack(row, seq_len, max_documents=seq_len // 8 + 1) for row in rows])
+    return pack_rows(rows, seq_len, room(max(map(len, rows))))
 
 
 def lengths(batch: Batch) -> list[int]:

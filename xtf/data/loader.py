@@ -39,9 +39,12 @@ def _bounds(lengths: Sequence[Sequence[int] | np.ndarray], seq_len: int, max_doc
     >>> _bounds([[3, 1], [2]], seq_len=8, max_documents=100), _bounds([[3] * 30], seq_len=200, max_documents=100)
     ((16, 8), (32, 128))
     """
-    with_padding = [[*map(int, row), *([seq_len - int(sum(row))] if sum(row) < seq_len else [])] for row in lengths]
-    return (room(max(map(len, with_padding)), max_documents),
-            min(seq_len, next_power_of_two(max(map(max, with_padding)))))
+    documents, longest = 1, 1
+    for row in map(np.asarray, lengths):
+        padding = seq_len - int(row.sum())                           # is a document too
+        documents = max(documents, len(row) + (padding > 0))
+        longest = max(longest, padding, int(row.max(initial=0)))
+    return room(documents, max_documents), min(seq_len, next_power_of_two(longest))
 
 
 class Listed:
