@@ -47,7 +47,8 @@ def only(*parts):
 TRAINED = {"all": (), "lora": (lora(3),), "lora of some": (lora(3, targets=["down", "o"]),),
            "last layer": (only("layers.2"),), "head": (only("norm", "head", "embed"),),
            "norms": (only("mlp_norm"),),
-           "routers": (only("router", "layers.2.q"),), **{f"random {seed}": (random_leaves(seed),) for seed in range(9)}}
+           "routers": (only("router", "layers.2.q"),),
+           **{f"random {seed}": (random_leaves(seed),) for seed in range(9)}}
 
 
 def counted(module, cfg, transforms, lengths):

@@ -113,7 +113,7 @@ def test_a_wrapped_collect_sees_each_gradient_once(layout):
 
 
 def test_what_is_under_way_is_not_replaced_in_silence():
-    with pytest.raises(RuntimeError, match=r"a transform's `collect` replaced the gradient of leaf \d+, .*; change what"):
+    with pytest.raises(RuntimeError, match=r"a transform's `collect` replaced the gradient of leaf \d+, .*; change"):
         pool(2, late=True).run(on_ranks, Layout((("replicate", 2),)), 2, True)
 
 

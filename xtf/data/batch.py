@@ -161,7 +161,8 @@ def pack_rows(rows: Sequence[Sequence[Sample]], seq_len: int, max_documents: int
             positions[row, start:] -= start
     if longest is None:
         longest = min(seq_len, next_power_of_two(int(np.diff(segments).max(initial=1))))
-    return Batch(*map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments, lengths)), longest)
+    tensors = map(torch.from_numpy, (input_ids, labels, loss_mask, positions, segments, lengths))
+    return Batch(*tensors, longest=longest)  # pyright: ignore[reportCallIssue]
 
 
 def stack(packs: Sequence[Batch]) -> Batch:

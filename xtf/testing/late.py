@@ -116,7 +116,7 @@ class Late(dist.ProcessGroup):
     """The group of some ranks; every collective of theirs that xtf or DTensor asks for."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
 
     # In each: what is read, what is written, and the call on the group beneath, given both.
