@@ -1,6 +1,7 @@
 """The machine under the program, and the only home of questions about cuda, npu and cpu."""
 import ctypes
 import functools
+import math
 import os
 import platform
 import random
@@ -133,11 +134,14 @@ def read_later(values: Mapping[str, Any]) -> Callable[[], dict[str, float]]:
     for where in dict.fromkeys(x.device for x in tensors.values()):
         names = [name for name, x in tensors.items() if x.device == where]
         both = torch.stack([tensors[name].double() for name in names])
+        if type(both) is not torch.Tensor or where.type == "meta":       # `xtf.plan`'s have no numbers
+            here |= dict.fromkeys(names, math.nan)
+            continue
         if where.type != "cpu":
             both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
         copies.append((names, both))
     done = None
-    if any(x.device.type != "cpu" for x in tensors.values()):
+    if any(x.device.type not in ("cpu", "meta") for x in tensors.values()):
         done = torch.Event(device().type)
         done.record()
 

@@ -8,12 +8,13 @@ N (token, expert) pairs
 """
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Protocol
 
 import msgspec
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from xtf import flops as count
 from xtf import moe, tree
@@ -116,21 +117,44 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
     """Radians a position, float32: [head_dim / 2], or [P, T, head_dim / 2] where they depend on a document's length.
 
     Computed on the CPU where the length plays no part: a last-digit difference in a device's pow is 1e-3 radians at
-    position 30,000.
+    position 30,000. An accelerator keeps what it was sent: each copy from unpinned memory would wait for it.
     """
     device = segments_PS.device
-    powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    periods = kind.rope_theta ** powers
-    plain = 1.0 / periods
+    if type(segments_PS) is torch.Tensor and device.type not in ("cpu", "meta"):
+        tables = _tables_on(kind, head_dim, device)
+    else:
+        tables = tuple(x.to(device) for x in _tables(kind, head_dim))
     match kind:
-        case LinearRope(factor=factor):
-            return (plain / factor).to(device)
         case DynamicRope(factor=factor, max_position_embeddings=most):
             # powers in float64: float32's round by where a number stands in the tensor, so by a document's neighbours
             lengths_PT = document_lengths(segments_PS, T).double()
             growth_PT = torch.where(lengths_PT > most, factor * lengths_PT / most - (factor - 1), 1.0)
             theta_PT = kind.rope_theta * growth_PT ** (head_dim / (head_dim - 2))
-            return 1.0 / (theta_PT[..., None] ** powers.to(device).double()).float()
+            return 1.0 / (theta_PT[..., None] ** tables[0].double()).float()
+        case LongRope():
+            longer_PT1 = (document_lengths(segments_PS, T) > kind.original_max_position_embeddings)[..., None]
+            return torch.where(longer_PT1, tables[1], tables[0])
+        case _:
+            return tables[0]
+
+
+@cache
+def _tables_on(kind: AnyRope, head_dim: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    with torch.inference_mode(False), _disable_current_modes():
+        return tuple(x.to(device) for x in _tables(kind, head_dim))
+
+
+def _tables(kind: AnyRope, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """What of the frequencies no document changes, float32 [head_dim / 2] on the CPU: the frequencies themselves; for
+    `DynamicRope` the powers of the base; for `LongRope` those of short documents and of long ones."""
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    periods = kind.rope_theta ** powers
+    plain = 1.0 / periods
+    match kind:
+        case LinearRope(factor=factor):
+            return (plain / factor,)
+        case DynamicRope():
+            return (powers,)
         case YarnRope():
             low, high = (yarn_dim(kind, rotations, head_dim) for rotations in (kind.beta_fast, kind.beta_slow))
             if kind.truncate:
@@ -138,21 +162,19 @@ def inverse_frequencies(kind: AnyRope, head_dim: int, segments_PS: torch.Tensor,
             low, high = max(low, 0), min(high, head_dim - 1)
             dims = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
             keep = 1 - ((dims - low) / (high - low or 0.001)).clamp(0, 1)
-            return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep).to(device)
+            return (1.0 / (kind.factor * periods) * (1 - keep) + plain * keep,)
         case LongRope():
-            short, long = (1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods)
-                           for x in (kind.short_factor, kind.long_factor))
-            longer_PT1 = (document_lengths(segments_PS, T) > kind.original_max_position_embeddings)[..., None]
-            return torch.where(longer_PT1, long.to(device), short.to(device))
+            return tuple(1.0 / (torch.tensor(x, dtype=torch.float32, device="cpu") * periods)
+                         for x in (kind.short_factor, kind.long_factor))
         case Llama3Rope(factor=factor, low_freq_factor=low, high_freq_factor=high,
                         original_max_position_embeddings=original):
             wavelength = 2 * math.pi / plain
             smooth = (original / wavelength - low) / (high - low)
             between = (1 - smooth) * plain / factor + smooth * plain
             slow = torch.where(wavelength > original / low, plain / factor, between)
-            return torch.where(wavelength < original / high, plain, slow).to(device)
+            return (torch.where(wavelength < original / high, plain, slow),)
         case _:
-            return plain.to(device)
+            return (plain,)
 
 
 def yarn_dim(kind: YarnRope, rotations: float, head_dim: int) -> float:
