@@ -59,36 +59,43 @@ runpy.run_module("xtf.recipes.qwen3_sft", run_name="__main__", alter_sys=True)""
     return Path(file).resolve()
 
 
-def test_a_wheel_holds_the_recipes_and_they_run(source, tmp_path):
-    python(*PIP, "wheel", *OPTIONS, "-w", tmp_path, str(source), cwd=tmp_path)
-    [wheel] = tmp_path.glob("xtf-*.whl")
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    """As pip makes it of a checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    python(*PIP, "wheel", *OPTIONS, "-w", folder, str(source), cwd=folder)
+    [wheel] = folder.glob("xtf-*.whl")
+    return wheel
+
+
+def built(what, folder, root):
+    """What the build backend makes in `folder` of the sources in `root`, as pip calls it but without pip."""
+    python("-c", f"import sys, setuptools.build_meta as b; b.build_{what}(sys.argv[1])", str(folder), cwd=root)
+    [made] = folder.glob("xtf-*")
+    return made
+
+
+def test_a_wheel_holds_the_recipes_and_they_run(wheel, tmp_path):
     found = members(wheel)
     for name in RECIPES:
         assert found[f"xtf/recipes/{name}"] == (ROOT / "recipes" / name).read_bytes()
     assert {name.split("/")[0].partition("-")[0] for name in found} == {"xtf"}           # no second copy, no tests
-    python(*PIP, "install", *OPTIONS, "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
+    python(*PIP, "install", *OPTIONS, "--no-compile", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
     assert ran(tmp_path, "") == tmp_path / "site" / "xtf" / "recipes" / "qwen3_sft.py"
 
 
-def test_a_source_distribution_makes_the_same_wheel(source, tmp_path):
-    build = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]))"
-    python("-c", build, str(tmp_path), cwd=source)
-    [archive] = tmp_path.glob("xtf-*.tar.gz")
+def test_a_source_distribution_makes_the_same_wheel(source, wheel, tmp_path):
+    archive = built("sdist", tmp_path, source)
     shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
     [unpacked] = (tmp_path / "unpacked").iterdir()
-    wheels = []
-    for root, folder in ((source, tmp_path / "one"), (unpacked, tmp_path / "two")):
-        python(*PIP, "wheel", *OPTIONS, "-w", folder, str(root), cwd=tmp_path)
-        wheels.append(members(next(folder.glob("*.whl"))))
-    code = [{k: v for k, v in wheel.items() if k.startswith("xtf/")} for wheel in wheels]
+    other = built("wheel", tmp_path / "two", unpacked)
+    code = [{k: v for k, v in members(file).items() if k.startswith("xtf/")} for file in (wheel, other)]
     assert code[0] == code[1] and len(code[0]) > 40
 
 
 def test_an_editable_install_runs_the_files_of_the_checkout(source, tmp_path):
-    build = "import sys, setuptools.build_meta as b; print(b.build_editable(sys.argv[1]))"
-    python("-c", build, str(tmp_path), cwd=source)
-    [wheel] = tmp_path.glob("xtf-*.whl")
-    python(*PIP, "install", *OPTIONS, "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
+    with zipfile.ZipFile(built("editable", tmp_path, source)) as file:     # pip would do no more to a .pth file
+        file.extractall(tmp_path / "site")
     # reads the .pth file, as an environment's start does
     begin = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
     assert ran(tmp_path, begin) == source / "recipes" / "qwen3_sft.py"

@@ -20,7 +20,7 @@ from xtf.data import BadLine, Encoder, Loader, open_data, split_off, tokenized
 from xtf.data import cache as cache_module
 from xtf.data.cache import FILES
 from xtf.data.chat import Encoded
-from xtf.testing import pool
+from xtf.testing import _pool, pool
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_builder_that_is_killed_leaves_nothing_half(tmp_path, file, encoder):
     file.write_bytes(file.read_bytes() * 4)
     wanted = tokenized(str(file), encoder, folder=tmp_path / "whole").fingerprint
     context, moments, finished = multiprocessing.get_context("forkserver"), random.Random(0), 0
-    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+    context.set_forkserver_preload(_pool.PRELOAD)
     folder, told = tmp_path / "c", []
     for workers in (1, 2, 2):
         build = partial(tokenized, str(file), encoder, folder=str(folder), workers=workers, chunk_bytes=3000)
@@ -294,31 +294,39 @@ def test_open_data(tmp_path, file, encoder):
 
 
 MEMORY = """
-import json, sys
+import json, os, sys
 from xtf.data import Encoder, Loader, dataset, tokenized
 dataset.FORGET = 1 << 20
-path, folder, lines = sys.argv[1], sys.argv[2], int(sys.argv[3])
-with open(path, "w") as out:
-    for i in range(lines):
-        out.write(json.dumps({"input_ids": list(range(i % 900, i % 900 + 20 + i * 7919 % 400))}) + "\\n")
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-data = tokenized(path, Encoder(None), folder=folder, workers=1, chunk_bytes=1 << 18)
-built = peak()
-loader = Loader(data, 512, 16, window=512)
-i = 0
-while loader.cursor(i)["epoch"] == 0:
-    loader.step(i)
-    i += 1
-print(json.dumps([built, peak(), data.stats.tokens * 4 / 2**20]))
+def measure(path, folder):
+    data = tokenized(path, Encoder(None), folder=folder, workers=1, chunk_bytes=1 << 18)
+    built = peak()
+    loader = Loader(data, 512, 16, window=512)
+    i = 0
+    while loader.cursor(i)["epoch"] == 0:
+        loader.step(i)
+        i += 1
+    print(json.dumps([built, peak(), data.stats.tokens * 4 / 2**20]), flush=True)
+for path in sys.argv[2:]:                              # each in a process of its own, which begins at the same size
+    if os.fork() == 0:
+        measure(path, sys.argv[1])
+        os._exit(0)
+    os.wait()
 """
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
     """Built and streamed: 10 times the data, whose cache is over 24 MB larger, in at most 8 MB more at the peak."""
-    measured = [json.loads(subprocess.run([sys.executable, "-c", MEMORY, tmp_path / f"{n}.jsonl", tmp_path / "c",
-                                           str(n)], check=True,
-                                          capture_output=True, text=True).stdout) for n in (3_000, 30_000)]
+    words = [str(k) for k in range(1400)]
+    for n in (3_000, 30_000):
+        with open(tmp_path / f"{n}.jsonl", "w") as out:
+            for i in range(n):
+                ids = words[i % 900:i % 900 + 20 + i * 7919 % 400]
+                out.write('{"input_ids": [' + ", ".join(ids) + "]}\n")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "c", tmp_path / "3000.jsonl",
+                           tmp_path / "30000.jsonl"], check=True, capture_output=True, text=True)
+    measured = [json.loads(line) for line in done.stdout.splitlines()]
     (built_small, streamed_small, mb_small), (built_large, streamed_large, mb_large) = measured
     assert mb_large - mb_small > 20, measured
     assert built_large - built_small < 8 and streamed_large - streamed_small < 8, measured

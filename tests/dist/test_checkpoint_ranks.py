@@ -20,7 +20,7 @@ from xtf import checkpoint, hf, tree
 from xtf.checkpoint import Checkpoints, Exporter, restore_params
 from xtf.checkpoint import tensorstore as arrays
 from xtf.layout import Place, local
-from xtf.testing import pool
+from xtf.testing import _pool, pool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.int64, torch.bool)
 MESHES = ((1,), (2,), (4,), (2, 2), (1, 2))
@@ -251,7 +251,7 @@ def dies(rank, size, folder, culprit, moment):
 @pytest.mark.parametrize("culprit, moment", [(1, "write"), (0, "write"), (2, "copy"), (0, "fsync"), (0, "rename")])
 def test_one_rank_that_dies_is_named_soon(tmp_path, culprit, moment):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+    context.set_forkserver_preload(_pool.PRELOAD)
     ranks = [context.Process(target=dies, args=(rank, 4, tmp_path, culprit, moment)) for rank in range(4)]
     for process in ranks:
         process.start()

@@ -21,7 +21,7 @@ from xtf.hf import directory
 from xtf.hf import safetensors as files
 from xtf.layout import Place
 from xtf.spec import Param
-from xtf.testing import pool
+from xtf.testing import _pool, pool
 
 S, R = Shard, Replicate()
 EMBED, HEAD, FREQ = "model.embed_tokens.weight", "lm_head.weight", "rotary_emb.inv_freq"
@@ -206,7 +206,7 @@ def dies(rank, size, source, folder, culprit, moment):
 @pytest.mark.parametrize("culprit, moment", [(1, "outline"), (2, "write"), (0, "outline"), (0, "finish")])
 def test_a_rank_that_dies_while_saving_is_named_soon(source, tmp_path, culprit, moment):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+    context.set_forkserver_preload(_pool.PRELOAD)
     ranks = [context.Process(target=dies, args=(rank, 3, source, tmp_path, culprit, moment)) for rank in range(3)]
     for process in ranks:
         process.start()

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from xtf.parallel import _mesh
 from xtf.parallel.peers import BACKGROUND, Peers
-from xtf.testing import pool
+from xtf.testing import _pool, pool
 
 
 def raised(fn):
@@ -91,7 +91,7 @@ def dies(rank, size, folder, culprit):
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_who_dies_is_named_at_once(tmp_path, culprit):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing"])
+    context.set_forkserver_preload(_pool.PRELOAD)
     ranks = [context.Process(target=dies, args=(rank, 3, tmp_path, culprit)) for rank in range(3)]
     for process in ranks:
         process.start()

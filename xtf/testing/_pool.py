@@ -19,6 +19,11 @@ import torch.distributed as dist
 from xtf.testing import late as late_group
 
 
+# What the server that all ranks are forked from imports once, before the first of them; more may be added until then.
+# dynamo: the first custom operator or checkpoint imports it, a second of each rank's.
+PRELOAD = ["xtf.testing._pool", "xtf.testing", "torch._dynamo"]
+
+
 class Pool:
     """`size` processes, each a rank of one group, alive until closed: of gloo, or of `xtf.testing.late`.
 
@@ -83,8 +88,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")  # imports torch once, then forks: a pool is up in a second
-        # dynamo: the first custom operator or checkpoint imports it, a second of each rank's
-        context.set_forkserver_preload(["xtf.testing._pool", "xtf.testing", "torch._dynamo"])
+        context.set_forkserver_preload(PRELOAD)
         self.folder = tempfile.mkdtemp(prefix="xtf-pool-")
         for rank in range(self.size):
             here, there = context.Pipe()
