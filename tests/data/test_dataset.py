@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtf import tree
 from xtf.data import Encoder, Loader, Sample, eval_batches, split_off, tokenized
 
 DOCUMENTS = st.lists(st.tuples(st.integers(1, 60), st.booleans(), st.integers(0, 59)), min_size=1, max_size=150)
@@ -74,11 +75,11 @@ def test_loader_and_evaluation_of_a_dataset_are_those_of_its_samples(tmp_path_fa
     listed = [Sample(torch.tensor(ids), torch.tensor(mask)) for ids, mask in expected(documents, 20)]
     a, b = Loader(data, 20, packs, seed), Loader(listed, 20, packs, seed)
     for i in (0, 1, 5, 2):
-        for x, y in zip(vars(a.step(i)).values(), vars(b.step(i)).values(), strict=True):
+        for x, y in zip(tree.leaves(a.step(i)), tree.leaves(b.step(i)), strict=True):
             assert torch.equal(x, y)
         assert a.documents(i) == b.documents(i)
     for x, y in zip(eval_batches(data, 20, packs), eval_batches(listed, 20, packs), strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(vars(x).values(), vars(y).values(), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(tree.leaves(x), tree.leaves(y), strict=True))
     loss = torch.cat([b.labels[b.loss_mask > 0] for b in eval_batches(data, 20, packs, window=7)]).tolist()
     assert sorted(loss) == sorted(t for ids, mask in expected(documents, 20) for t, m in zip(ids, mask, strict=True)
                                   if m)
