@@ -90,12 +90,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--dtype", default="fp32",
                         help="fp64: where a rounding may send a token to another expert, curves part in fp32")
     parser.add_argument("--family", choices=FAMILIES, default="qwen3")
+    parser.add_argument("--move", nargs=2, action="append", metavar=("MESH", "PART"),
+                        help="a mesh ('' is one process) and the part of the steps until which it trains, in place of "
+                             "the family's; once for each")
     args = parser.parse_args(argv)
     tiny, (recipe, meshes) = args.tiny or args.family != "qwen3", FAMILIES[args.family]
+    meshes = [(mesh, float(part)) for mesh, part in args.move] if args.move else meshes
     size = ["--seq-len", "64", "--batch-tokens", "256"] if tiny else ["--seq-len", "256", "--batch-tokens", "1024"]
     flags = [*prepare(args.out, args.family, not tiny), *size, "--steps", str(args.steps), "--dtype", args.dtype,
              "--lr", "1e-3", "--eval-fraction", "0.02", "--warmup", "0.05", "--eval-every", str(args.steps // 5),
-             "--save-every", str(max(2, args.steps // 20)),
+             "--save-every", str(max(4, args.steps // 20)),
              "--resume", "auto"]
     whole, broken, begun = args.out / "whole", args.out / "interrupted", time.monotonic()
     if start(recipe, "", [*flags, "--out", str(whole), "--threads", str(args.threads)], args.out / "whole.log").wait():

@@ -1,11 +1,16 @@
-"""benchmarks/interrupted.py at toy size: pre-training killed twice, moved from 1 to 4 to 2 ranks."""
+"""benchmarks/interrupted.py at toy size: pre-training that is killed and moved to other ranks."""
 import pytest
 
 from benchmarks import interrupted
 
 
-def test_the_interrupted_curve_lies_on_the_other(tmp_path):
-    result = interrupted.main([str(tmp_path), "--tiny", "--steps", "40", "--threads", "1"])
+@pytest.mark.parametrize("steps, moves", [
+    (20, ["--move", "dp=2", "0.5", "--move", "", "1"]),
+    pytest.param(40, [], marks=pytest.mark.slow),                      # twice, from 1 to 4 to 2 ranks
+], ids=["2-1", "1-4-2"])
+def test_the_interrupted_curve_lies_on_the_other(tmp_path, steps, moves):
+    """The launcher of two ranks is killed -9, one process goes on."""
+    result = interrupted.main([str(tmp_path), "--tiny", "--steps", str(steps), "--threads", "1", *moves])
     assert result["loss"] < 1e-5 and result["eval_loss"] < 1e-5 and result["weights"] < 1e-4
     assert result["last"] < 0.9 * result["first"]
 

@@ -1,7 +1,10 @@
 """The recipes of the families with experts, from tiny checkpoints that the script makes: one curve on every layout,
 files that transformers loads."""
+import contextlib
+import io
 import json
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,9 +14,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.recipes.test_sft import ROOT, curve, recipe, rows, train
-from xtf import hf, models, parity
+from xtf import cli, hf, models, parity
 from xtf.data import Sample, pack, stdlib_qa
-from xtf.testing import pool
+from xtf.testing import Pool, pool
 
 RECIPES = {"qwen3_moe": "qwen3_moe_sft", "gpt_oss": "gpt_oss_sft", "deepseek_v3": "deepseek_v3_pretrain",
            "kimi_k2": "kimi_k2_sft"}
@@ -135,15 +138,27 @@ def test_a_model_without_experts_is_refused(files, tmp_path):
         train("qwen3_moe_sft", [*argv(files, "qwen3_moe", tmp_path / "o"), "--model", str(tmp_path / "m")])
 
 
+def as_a_script(name, args):
+    """On a rank: the recipe as `python recipes/NAME.py` runs it. Its exit status, stdout and stderr."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), pytest.MonkeyPatch.context() as mp:
+        mp.setattr(os, "_exit", sys.exit)
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: recipe(name).main(args))
+    return end.value.code, out.getvalue(), error.getvalue()
+
+
 def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-               str(ROOT / "recipes" / "qwen3_moe_sft.py")]
-    done = subprocess.run([*command, *argv(files, "qwen3_moe", tmp_path / "o", "--mesh", "ep=2", "--threads", "1",
-                                           "--expert-rows", "9", "--expert-pairs", "900")], capture_output=True,
-                          text=True)
-    assert done.returncode == 1
-    assert "error: ep: static(rows=9, pairs=900) is too little: the last step needed rows=" in done.stderr
-    assert "step 1/" not in done.stdout
+    ranks = Pool(2)
+    try:
+        done = ranks.run(as_a_script, "qwen3_moe_sft",
+                         argv(files, "qwen3_moe", tmp_path / "o", "--mesh", "ep=2", "--threads", "1", "--expert-rows",
+                              "9", "--expert-pairs", "900"))
+    finally:
+        ranks.close()
+    for code, out, error in done:
+        assert code == 1 and "step 1/" not in out and "Traceback" not in error
+        assert "error: ep: static(rows=9, pairs=900) is too little: the last step needed rows=" in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -164,10 +179,9 @@ def test_a_recipe_refuses_another_family(files, tmp_path):
             recipe(other).main(argv(files, family, tmp_path))
 
 
-def test_the_script_makes_a_checkpoint(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "tiny_checkpoint.py"), "qwen3", str(tmp_path / "m"), "--config",
-               '{"hidden_size": 32}']
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_script_makes_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tiny_checkpoint.py", "qwen3", str(tmp_path / "m"), "--config",
+                                      '{"hidden_size": 32}'])
+    runpy.run_path(str(ROOT / "recipes" / "tiny_checkpoint.py"), run_name="__main__")
     assert json.loads(Path(tmp_path / "m" / "config.json").read_text())["hidden_size"] == 32
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").config.hidden_size == 32

@@ -169,8 +169,9 @@ def test_what_a_run_leaves(files, one):
     assert written == given
 
 
-LAYOUTS = [("dp=2", ()), ("dp=4", ()), ("sp=2", ()), ("dp=2,sp=2", ()), ("sp=2,dp=2", ("--remat",)),
-           ("replicate=2,dp=2", ()), ("ep=2,dp=2", ()), ("", ("--remat",)), ("dp=2", ("--compile",))]
+SLOW = [pytest.param(mesh, (), marks=pytest.mark.slow) for mesh in ("dp=2", "dp=2,sp=2")]
+LAYOUTS = [*SLOW, ("dp=4", ()), ("sp=2", ()), ("sp=2,dp=2", ("--remat",)), ("replicate=2,dp=2", ()), ("ep=2,dp=2", ()),
+           ("", ("--remat",)), ("dp=2", ("--compile",))]
 
 
 @pytest.mark.parametrize("mesh, more", LAYOUTS)

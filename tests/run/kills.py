@@ -74,6 +74,20 @@ def ranks(mesh):
     return int(np.prod([int(part.partition("=")[2]) for part in mesh.split(",") if part] or [1]))
 
 
+def logged(out):
+    file = Path(out) / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def kill(pid, out, row, delay, over):
+    """SIGKILL, `delay` seconds after so many steps are logged: a moment of the run however fast the machine is."""
+    while logged(out) < row:
+        if over.wait(0.002):
+            return
+    if not over.wait(delay):
+        os.kill(pid, signal.SIGKILL)
+
+
 def run(out, meshes, dtype, kills, seed):
     """Train to the end, killed `kills` times on the way; each start takes the next of `meshes`, the last one ever
     after. Returns the kills made."""
@@ -85,17 +99,20 @@ def run(out, meshes, dtype, kills, seed):
         workers = Pool(ranks(mesh))
         workers.run(len, ())                                            # up, before the clock runs
         victim = draw.choice(workers.workers)[1]
-        timer = threading.Timer(draw.uniform(0.0, 2.5), lambda pid=victim.pid: os.kill(pid, signal.SIGKILL))
+        over = threading.Event()
+        # a row that is there already: killed while it starts
+        killer = threading.Thread(target=kill, args=(victim.pid, out, draw.randrange(STEPS * 3 // 4),
+                                                     draw.uniform(0.0, 0.05), over))
         if made < kills:
-            timer.start()
+            killer.start()
         try:
             workers.run(train, str(out), mesh, dtype, 0.01)
         except RuntimeError:
             made += 1  # a rank died, the others said so, and the pool ended them
-            if timer.is_alive():
+            if killer.is_alive():
                 raise
         finally:
-            timer.cancel()
+            over.set()
             workers.close()
         assert starts < 20 + 3 * kills, "no progress"
     return made
