@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from xtf.testing import late as late_group
 
-
 # What the server that all ranks are forked from imports once, before the first of them; more may be added until then.
 # dynamo: the first custom operator or checkpoint imports it, a second of each rank's.
 PRELOAD = ["xtf.testing._pool", "xtf.testing", "torch._dynamo"]
