@@ -158,7 +158,8 @@ def test_too_little_room_stops_the_run_in_one_line(files, tmp_path):
         ranks.close()
     for code, out, error in done:
         assert code == 1 and "step 1/" not in out and "Traceback" not in error
-        assert "error: ep: static(rows=9, pairs=900) is too little: the last step needed rows=" in error.splitlines()[-1]
+        last = error.splitlines()[-1]
+        assert "error: ep: static(rows=9, pairs=900) is too little: the last step needed rows=" in last
 
 
 @pytest.mark.parametrize("flags, message", [
