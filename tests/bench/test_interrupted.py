@@ -4,15 +4,15 @@ import pytest
 from benchmarks import interrupted
 
 
-@pytest.mark.parametrize("steps, moves", [
-    (20, ["--move", "dp=2", "0.5", "--move", "", "1"]),
-    pytest.param(40, [], marks=pytest.mark.slow),                      # twice, from 1 to 4 to 2 ranks
+@pytest.mark.parametrize("steps, moves, falls_to", [
+    (20, ["--move", "dp=2", "0.5", "--move", "", "1"], 0.95),
+    pytest.param(40, [], 0.9, marks=pytest.mark.slow),                 # twice, from 1 to 4 to 2 ranks
 ], ids=["2-1", "1-4-2"])
-def test_the_interrupted_curve_lies_on_the_other(tmp_path, steps, moves):
+def test_the_interrupted_curve_lies_on_the_other(tmp_path, steps, moves, falls_to):
     """The launcher of two ranks is killed -9, one process goes on."""
     result = interrupted.main([str(tmp_path), "--tiny", "--steps", str(steps), "--threads", "1", *moves])
     assert result["loss"] < 1e-5 and result["eval_loss"] < 1e-5 and result["weights"] < 1e-4
-    assert result["last"] < 0.9 * result["first"]
+    assert result["last"] < falls_to * result["first"]                 # it learns, so there is a curve to lie on
 
 
 @pytest.mark.slow
