@@ -12,7 +12,7 @@ d head dim   D hidden   E experts   C experts chosen a token   N (token, expert)
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -174,7 +174,7 @@ class Ops:
     collect: Callable[[list, list], list]
     sound: Callable[[Tensor | None], Tensor | None]
     donate: bool = False
-    into: Any = None
+    into: Any = field(default=None, compare=False)  # `jit` knows a block by its `ops`: the same in every micro-batch
 
 
 def linear(x: torch.Tensor, node: dict, axes: tuple[str, str]) -> torch.Tensor:

@@ -46,6 +46,13 @@ def test_before_the_last_micro_batch_there_are_none():
     torch.testing.assert_close(grads["w"], by_hand())
 
 
+def test_a_micro_batchs_ops_are_those_of_all():
+    """`jit` finds a block's compiled form by the `ops` in it: one for all micro-batches and steps."""
+    seen = set()
+    xtf.microbatch(xtf.value_and_grad(lambda p, x, ops: seen.add(ops) or share(p, x, ops)), 4)(PARAMS, X)
+    assert seen == {LOCAL}
+
+
 def test_trees_that_a_function_returns_each_time_are_added():
     vg = lambda params, batch, ops=LOCAL: xtf.value_and_grad(share)(params, batch)           # it passes no ops on
     torch.testing.assert_close(xtf.microbatch(vg, 2)(PARAMS, X)[1]["w"], by_hand())
