@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from xtf.testing import late as late_group
+from xtf.testing._gloo import share_device
 
 # What the server that all ranks are forked from imports once, before the first of them; more may be added until then.
 # dynamo: the first custom operator or checkpoint imports it, a second of each rank's.
@@ -102,6 +103,7 @@ def _serve(conn: Any, rank: int, size: int, folder: str, path: list[str], late: 
     sys.path[:] = path
     os.environ["OMP_NUM_THREADS"] = "1"                              # inductor's generated code reads it
     torch.set_num_threads(1)
+    share_device()
     backend = late_group.register() if late else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=size)
     while True:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
+from xtf.testing._gloo import Gloo
+
 PATIENCE = 2.0                                 # seconds after which one that nobody waits for runs all the same
 # the layers beneath the line that starts a collective
 BENEATH = ("torch", "typing_extensions.py", os.path.join("xtf", "testing", "late.py"),
@@ -117,7 +119,7 @@ class Late(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any):
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
-        self.gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self.gloo: Any = Gloo(store, rank, size, timeout)
 
     # In each: what is read, what is written, and the call on the group beneath, given both.
 
