@@ -30,13 +30,16 @@ def test_the_pattern_of_layers(hf, found):
     assert list(map(str, model.specs(few)["layers"])) == list(map(str, model.specs(cfg)["layers"][:sum(found)]))
 
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("hf, sizes, options", [
-    (DENSE | {"num_hidden_layers": 12}, {"dp": 4, "sp": 2}, {"remat_": True}),
-    (EXPERTS | {"num_hidden_layers": 9}, {"replicate": 2, "dp": 2, "ep": 2}, {"packs": 2}),
-    (LATENT | {"num_hidden_layers": 8, "first_k_dense_replace": 2}, {"dp": 2, "ep": 4}, {"moments": "int8"}),
-    (WINDOWS | {"num_hidden_layers": 9}, {"dp": 2, "ep": 2}, {"documents": 4}),
-    (EXPERTS | {"num_hidden_layers": 8}, {"ep": 4}, {"packs": 2, "overlap_": True, "remat_": True}),
-    (EXPERTS | {"num_hidden_layers": 8}, {"dp": 4}, {"rank": 8, "experts_on": "dp"}),
+    (DENSE | {"num_hidden_layers": 8}, {"dp": 4, "sp": 2}, {"remat_": True}),
+    slow(EXPERTS | {"num_hidden_layers": 9}, {"replicate": 2, "dp": 2, "ep": 2}, {"packs": 2}),
+    slow(LATENT | {"num_hidden_layers": 8, "first_k_dense_replace": 2}, {"dp": 2, "ep": 4}, {"moments": "int8"}),
+    slow(WINDOWS | {"num_hidden_layers": 13}, {"dp": 2, "ep": 2}, {"documents": 4}),
+    slow(EXPERTS | {"num_hidden_layers": 8}, {"ep": 4}, {"packs": 2, "overlap_": True, "remat_": True}),
+    (EXPERTS | {"num_hidden_layers": 7}, {"replicate": 2, "dp": 2}, {"rank": 8, "experts_on": "dp"}),
 ], ids=lambda x: x["model_type"] if isinstance(x, dict) and "model_type" in x else str(x))
 def test_the_arithmetic_is_the_whole(hf, sizes, options):
     model, cfg = family(hf)
@@ -45,7 +48,7 @@ def test_the_arithmetic_is_the_whole(hf, sizes, options):
     bytes_of = lambda seen: {(m.kind, m.axes, m.ranks): m.bytes for m in seen.messages}
     assert bytes_of(quick) == bytes_of(whole)
     for a, b in zip(quick.messages, whole.messages, strict=True):
-        assert abs(a.count - b.count) <= 0.05 * b.count, (a, b)      # buckets of several layers' small leaves are rounded
+        assert abs(a.count - b.count) <= 0.05 * b.count, (a, b)      # some buckets hold several layers' leaves
     assert sum(quick.memory.values()) == quick.peak == pytest.approx(whole.peak, rel=2e-3), (quick.memory, whole.memory)
 
 
@@ -60,8 +63,8 @@ def test_the_arithmetic_is_the_whole_of_large_models(name, sizes):
 
 
 def test_attention_of_gpt_oss_120b_is_the_formula_of_its_windows():
-    """Forward 4 H d for each pair of a query and a key that it sees, backward 2.5 times that; every second layer sees 128
-    tokens."""
+    """Forward 4 H d for each pair of a query and a key that it sees, backward 2.5 times that; every second layer sees
+    128 tokens."""
     model, cfg = models.from_hf("docs/configs/gpt-oss-120b")
     seen = plan.estimate(model, cfg, {"dp": 8}, seq_len=4096)
     pairs = 18 * (4096 * 4097 // 2) + 18 * (128 * 129 // 2 + (4096 - 128) * 128)
@@ -69,8 +72,8 @@ def test_attention_of_gpt_oss_120b_is_the_formula_of_its_windows():
     assert seen.parameters == pytest.approx(116.8e9, rel=1e-3)       # arXiv 2508.10925, table 1: 116.83 B
 
 
-@pytest.mark.parametrize("kind, seq_len", [("cpu", 64), ("cpu", 512), ("meta", 64), ("meta", 512)])
-@pytest.mark.parametrize("hf", [DENSE, WINDOWS | {"num_hidden_layers": 3}, LATENT], ids=lambda hf: hf["model_type"])
+@pytest.mark.parametrize("kind, seq_len", [("cpu", 64), ("cpu", 512), ("meta", 64)])
+@pytest.mark.parametrize("hf", [DENSE, WINDOWS | {"num_hidden_layers": 2}, LATENT], ids=lambda hf: hf["model_type"])
 def test_attention_is_counted_at_every_length(hf, kind, seq_len):
     """Between the pairs that are seen, with what backward computes once or twice, and all pairs of a mask."""
     model, cfg = family(hf)

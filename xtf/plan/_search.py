@@ -1,4 +1,5 @@
 """Which layout fits and is fastest: `search` ranks the meshes of so many ranks."""
+import itertools
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from xtf.plan._report import Flags, Report, report, specs, subject, text
 from xtf.plan.machines import EFFICIENCY
 
 MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}  # bytes of both of a parameter's, scales left out
-EACH = 4                                     # layouts that are worth starting a process for
+EACH = 4                                     # groups of layouts that are worth starting a process for
 
 
 def meshes(world: int, seq_len: int, cfg: Any, experts_on: str = "ep") -> Iterator[dict[str, int]]:
@@ -41,13 +42,10 @@ def search(flags: Flags) -> list[Report]:
     Progress goes to stderr, with what does not fit. Many meshes are tried in processes of their own, one a core: a
     script that calls this guards its main module, as `multiprocessing` wants it.
 
-    Raises as `report` does, and ValueError where no mesh of so many ranks divides the model.
+    Raises as `report` does.
     """
     model, cfg, machine = subject(flags)
     tried = list(meshes(flags.world, flags.seq_len, cfg, flags.experts_on))
-    if not tried:
-        raise ValueError(f"--world {flags.world}: no mesh of so many ranks divides the model's "
-                         f"{cfg.router.num_experts} experts --experts-on {flags.experts_on}; change one of them")
     limit, found = machine.memory * EFFICIENCY["capacity"], []
     whole = sum(math.prod(p.shape) * (p.dtype.itemsize + MOMENTS[flags.moments] * p.trainable)
                 for p in tree.leaves(specs(flags, model, cfg)))
@@ -63,30 +61,40 @@ def search(flags: Flags) -> list[Report]:
         progress.advance(task, len(hopeless))
         for sizes, fitting in _each(flags, [sizes for sizes in tried if sizes not in hopeless], limit):
             found += [fitting] if fitting else []
-            if fitting is None or fitting.remat:
+            if fitting is None or fitting.remat > flags.remat:
                 progress.console.print(f"{text(sizes)}: does not fit{' without remat' * (fitting is not None)}")
             progress.update(task, advance=1, description=f"{len(found)} fit")
     return sorted(found, key=lambda r: -r.tokens_per_second_per_device)
 
 
-def _each(flags: Flags, tried: list[dict[str, int]], limit: float) -> Iterator[tuple[dict[str, int], Report | None]]:
+Tried = tuple[dict[str, int], Report | None]
+
+
+def _each(flags: Flags, tried: list[dict[str, int]], limit: float) -> Iterator[Tried]:
     """The meshes with their reports, as they come."""
-    if (cores := min(os.cpu_count() or 1, len(tried) // EACH)) < 2:
-        yield from ((sizes, _fitting(flags, sizes, limit)) for sizes in tried)
+    rest = lambda sizes: (sizes["ep"], sizes["sp"])
+    groups = [list(group) for _, group in itertools.groupby(sorted(tried, key=rest), rest)]
+    if (cores := min(os.cpu_count() or 1, len(groups) // EACH)) < 2:
+        yield from (one for group in groups for one in _fitting(flags, group, limit))
         return
     workers = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
     try:
-        asked = {workers.submit(_fitting, flags, sizes, limit): sizes for sizes in tried}
-        yield from ((asked[done], done.result()) for done in as_completed(asked))
+        asked = [workers.submit(_fitting, flags, group, limit) for group in groups]
+        yield from (one for done in as_completed(asked) for one in done.result())
     finally:
         workers.shutdown(cancel_futures=True)
 
 
-def _fitting(flags: Flags, sizes: dict[str, int], limit: float) -> Report | None:
-    """A mesh without remat, or else with it, or None if it does not fit."""
-    for remat in (True,) if flags.remat else (False, True):
-        try:
-            return report(flags, sizes, remat, limit)
-        except MemoryError:
-            pass
-    return None
+def _fitting(flags: Flags, group: list[dict[str, int]], limit: float) -> list[Tried]:
+    """Meshes that are alike but for `replicate`: each without remat, or else with it, or None if it does not fit. With
+    more replicas a rank holds more, so what did not fit is not tried again."""
+    ways, out = [True] if flags.remat else [False, True], []
+    for sizes in sorted(group, key=lambda sizes: sizes.get("replicate", 1)):
+        made = None
+        while ways and made is None:
+            try:
+                made = report(flags, sizes, ways[0], limit)
+            except MemoryError:
+                del ways[0]
+        out.append((sizes, made))
+    return out

@@ -14,8 +14,9 @@ import msgspec
 
 from xtf.plan.step import Measured, Message, measure
 
-FEW = 4  # times that the pattern comes in the first shallow model, once more in the second: with fewer, not all the buffers
-#          that are in flight at once are there
+# Times that the pattern comes in the first shallow model, once more in the second: with fewer, not all the buffers are
+# there that are in flight at once.
+FEW = 4
 
 
 def pattern(model: ModuleType, cfg: Any) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
-from torch.utils import _pytree as pytree
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import flop_registry
 
@@ -61,10 +60,10 @@ class Ledger(FakeTensorMode):
             elif not func._schema.returns:                           # it writes into what it was given
                 out = None
             elif func.namespace == "aten" and given and all(map(self._on_meta, given)):
-                # what FakeTensorMode would come to, without its cache: a key takes longer than the kernel of the meta device
+                # what FakeTensorMode would come to, without its cache, whose keys take longer than a meta kernel
                 with in_kernel_invocation_manager(self):
                     out = func(*args, **kwargs)
-                out = pytree.tree_map_only(torch.Tensor, self._faked, out)
+                out = type(out)(map(self._faked, out)) if isinstance(out, list | tuple) else self._faked(out)
             else:
                 out = super().dispatch(func, types, args, kwargs)
         finally:
@@ -85,8 +84,9 @@ class Ledger(FakeTensorMode):
     def _on_meta(self, t: torch.Tensor) -> bool:
         return type(t) is FakeTensor and t.fake_device.type == "meta" and t.constant is None
 
-    def _faked(self, t: torch.Tensor) -> torch.Tensor:
-        return t if isinstance(t, FakeTensor) else FakeTensor(self, t, t.device)  # one that it was given is itself
+    def _faked(self, x: Any) -> Any:
+        """A result as a fake tensor; one that was an argument is that, and what is no tensor stays as it is."""
+        return FakeTensor(self, x, x.device) if type(x) is torch.Tensor else x
 
     def _see(self, t: torch.Tensor, kind: str | None = None) -> bool:
         """Enter a tensor's memory, unless it is there; whether it was new."""
