@@ -228,7 +228,7 @@ def test_one_json_object_and_a_table(directory, capsys):
 def test_search_ranks_what_fits(directory, capsys, monkeypatch):
     argv = [directory, "--world", "2", "--seq-len", "1024", "--search", "--json"]
     plan.main(argv)
-    most = max(r["peak"] for r in json.loads(capsys.readouterr().out))
+    most = max(r["peak"] for r in json.loads(capsys.readouterr().out) if "replicate" not in r["mesh"])
     monkeypatch.setitem(plan.MACHINES, "h100", MACHINES["h100"]._replace(memory=0.99 * most / EFFICIENCY["capacity"]))
     plan.main(argv)
     out = capsys.readouterr()
@@ -236,7 +236,36 @@ def test_search_ranks_what_fits(directory, capsys, monkeypatch):
     rates = [r["tokens_per_second_per_device"] for r in found]
     assert found and rates == sorted(rates, reverse=True) and all(r["fits"] for r in found)
     assert "does not fit" in out.err and any(r["remat"] for r in found) and not all(r["remat"] for r in found)
-    assert {tuple(r["mesh"].values()) for r in found} <= {(2, 1, 1), (1, 2, 1), (1, 1, 2)}
+    assert {tuple(r["mesh"].values())[-3:] for r in found} <= {(2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1)}
+    assert "of 4 meshes" in out.err
+
+
+def test_search_runs_nothing_that_cannot_fit(directory, capsys, monkeypatch):
+    """Parameters and moments of a rank are more than the machine has: nobody runs that step."""
+    monkeypatch.setitem(plan.MACHINES, "h100", MACHINES["h100"]._replace(memory=16e6))
+    monkeypatch.setattr("xtf.plan._search.report", None)
+    with pytest.raises(SystemExit, match="no mesh of 2 ranks fits"):
+        plan.main([directory, "--world", "2", "--seq-len", "64", "--search"])
+    err = capsys.readouterr().err
+    assert "replicate=2: does not fit: parameters and moments alone are 0.1 GB" in err and err.count("alone") == 4
+
+
+def test_recipes_flags_are_planned(directory, capsys):
+    """Adapters: gradients and moments of them alone, FLOPs by what is trained; overlap: the experts' messages hide."""
+    def planned(*argv):
+        plan.main([directory, "--world", "4", "--seq-len", "64", "--json", *argv])
+        return json.loads(capsys.readouterr().out)
+    whole, adapters = planned("--mesh", "dp=4"), planned("--mesh", "dp=4", "--lora", "4")
+    assert adapters["memory"]["optimizer"] < 0.2 * whole["memory"]["optimizer"] and adapters["lora"] == 4
+    assert adapters["memory"]["parameters"] < 0.7 * whole["memory"]["parameters"]  # frozen matrices in bf16
+    flops = lambda r: sum(r["flops"][kind] for kind in ("products", "experts", "attention"))
+    assert 0.6 < flops(adapters) / flops(whole) < 0.8                # two thirds: no gradients of frozen weights
+    travel, hidden = planned("--mesh", "ep=4", "--packs", "2"), planned("--mesh", "ep=4", "--packs", "2", "--overlap")
+    assert hidden["seconds"]["exposed"] < travel["seconds"]["exposed"] and hidden["overlap"]
+    sent = lambda r: sum(m["bytes"] for m in r["messages"] if m["kind"] == "all_to_all")
+    assert sent(hidden) == pytest.approx(sent(travel), rel=0.02)     # rows are whole numbers
+    elsewhere = planned("--mesh", "dp=4", "--experts-on", "dp")
+    assert ("all_to_all", ["dp"]) in [(m["kind"], m["axes"]) for m in elsewhere["messages"]]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -245,10 +274,42 @@ def test_search_ranks_what_fits(directory, capsys, monkeypatch):
     (["--world", "16", "--mesh", "sp=16"], "sp=16 does not divide"),
     (["--documents", "3"], "must divide --seq-len 256"),
     (["--counts", "config.json"], "a row of 16 counts"),
+    (["--counts", "nowhere.json"], "nowhere.json"),
+    (["--counts", "broken.json"], "broken.json: not JSON"),
+    (["--world", "0"], "--world 0: must be at least 1"),
+    (["--packs", "0"], "--packs 0: must be at least 1"),
+    (["--lora", "-1"], "--lora -1"),
+    (["--overlap"], "--packs 1: --overlap takes two"),
+    (["--mesh", "xy=2"], "'xy=2' is not one of replicate=N"),
+    (["--world", "4", "--mesh", "dp=4", "--search"], "--search tries all meshes"),
 ])
 def test_what_cannot_be_is_named(directory, argv, message):
-    with contextlib.chdir(directory), pytest.raises(SystemExit, match=message):
+    with open(f"{directory}/broken.json", "w") as file:
+        file.write("[[1, 2")
+    with contextlib.chdir(directory), pytest.raises(SystemExit, match=message) as said:
         plan.main([directory, *argv, "--seq-len", "256"])
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "no such directory, and not a hub id"), ("{", "not JSON"), ('{"model_type": "mamba"}', "'mamba' is not"),
+    ('{"model_type": "qwen3", "hidden_size": "wide"}', "hidden_size"),
+])
+def test_a_model_that_cannot_be_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit, match=message) as said:
+        plan.main([str(tmp_path if text else tmp_path / "nowhere")])
+    assert "\n" not in str(said.value)
+
+
+def test_a_hub_id_is_its_config(monkeypatch, directory, capsys):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **more: asked.append((name, more["allow_patterns"])) or directory)
+    plan.main(["org/model", "--seq-len", "64", "--json"])
+    assert json.loads(capsys.readouterr().out)["model"] == "model" and asked == [("org/model", ["config.json"])]
 
 
 @pytest.mark.slow

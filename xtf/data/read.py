@@ -2,7 +2,7 @@
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -53,10 +53,10 @@ def resolve(data: str) -> list[Path]:
     return _listed(_hub("--data", hub, "dataset", [f"*{suffix}" for suffix in SUFFIXES]), data)
 
 
-def model_path(model: str) -> Path:
+def model_path(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """A model's directory: the one named, or a hub id's (`org/name`, `modelscope://org/name`), downloaded or cached.
 
-    Raises ValueError or OSError, naming --model.
+    `files` are the patterns of what is wanted of a hub's. Raises ValueError or OSError, naming --model.
 
     >>> model_path(".")
     PosixPath('.')
@@ -69,7 +69,7 @@ def model_path(model: str) -> Path:
         raise NotADirectoryError(f"--model {model}: is a file; give the directory that holds config.json")
     if not hub:
         raise FileNotFoundError(f"--model {model}: no such directory, and not a hub id like org/name")
-    return _hub("--model", hub, "model", MODEL_FILES)
+    return _hub("--model", hub, "model", list(files))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -138,8 +138,11 @@ _seen: MutableMapping[Tensor, dict] = WeakIdKeyDictionary()
 
 
 def _once(segments: Tensor, make: Callable[..., Any], *args: Any) -> Any:
-    """`make(segments, *args)`, made once for all layers that are called with this tensor, and forgotten with it."""
-    if segments.is_inference() or torch.is_inference_mode_enabled():
+    """`make(segments, *args)`, made once for all layers that are called with this tensor, and forgotten with it.
+
+    What is made under a mode (a plan's) may have no numbers: it is not kept, real calls would find it.
+    """
+    if segments.is_inference() or torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
         return make(segments, *args)
     known, key = _seen.setdefault(segments, {}), (make, segments._version, *args)
     if key not in known:

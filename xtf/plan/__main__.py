@@ -1,3 +1,4 @@
 from xtf.plan import main
 
-main()
+if __name__ == "__main__":  # processes of --search import this too
+    main()

@@ -1,23 +1,28 @@
 """What a step costs on a machine: `report` measures one layout, `table` prints it."""
+import functools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
 import tyro
 
-from xtf import device, models
+from xtf import device, models, tree
+from xtf.data.read import model_path
+from xtf.plan.layers import estimate
 from xtf.plan.machines import EFFICIENCY, MACHINES, Machine, Times, roofline
-from xtf.plan.step import Message, measure, ordered
+from xtf.plan.step import Message, ordered, transforms
 
 
 class Flags(msgspec.Struct, kw_only=True, frozen=True):
     """What to plan."""
     model: Annotated[str, tyro.conf.Positional]
-    """Directory with a config.json."""
+    """Directory with a config.json, or an id on the hub, whose config.json alone is downloaded."""
     world: int = 1
     """Ranks."""
     mesh: str = ""
@@ -32,16 +37,22 @@ class Flags(msgspec.Struct, kw_only=True, frozen=True):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Computation; parameters and reductions are fp32."""
     remat: bool = False
-    """Recompute each block in backward."""
+    """Recompute each block in backward (--search tries without first)."""
+    lora: int = 0
+    """Freeze the model and train adapters of this rank."""
+    experts_on: Literal["ep", "sp", "dp"] = "ep"
+    """The mesh axis that experts are divided over."""
+    overlap: bool = False
+    """Micro-batches of two packs, the messages of one under the compute of the other."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
     """How AdamW keeps its moments."""
-    machine: Literal["h100", "h800", "h200", "b200", "a3", "cpu"] = "h100"
+    machine: Literal["a100", "h100", "h800", "h200", "b200", "mi300x", "a3", "cpu"] = "h100"
     """What it runs on; cpu is this one, and takes CPU kernels' memory."""
     counts: str | None = None
     """JSON file with the pairs that each expert of each layer gets, [layers][experts]; the plan is that of the fullest
     rank. Balanced without."""
     search: bool = False
-    """Rank the meshes of --world, with and without remat, that fit into the machine's memory, by tokens a second."""
+    """Rank the meshes of --world that fit into the machine's memory, without remat or else with, by tokens a second."""
     json: bool = False
     """One JSON object instead of the table."""
 
@@ -58,6 +69,9 @@ class Report(msgspec.Struct, frozen=True):
     packs: int
     dtype: str
     remat: bool
+    lora: int
+    experts_on: str
+    overlap: bool
     moments: str
     memory: dict[str, int]
     peak: int
@@ -73,26 +87,51 @@ class Report(msgspec.Struct, frozen=True):
 
 def report(flags: Flags, sizes: dict[str, int], remat_: bool, limit: float = math.inf) -> Report:
     """Measure a step, and say what it costs on the machine. Raises as `measure` does."""
-    model, cfg = models.from_hf(flags.model)
-    machine = this_cpu() if flags.machine == "cpu" else MACHINES[flags.machine]
-    if flags.documents < 1 or flags.seq_len % flags.documents:
-        raise ValueError(f"--documents {flags.documents}: must divide --seq-len {flags.seq_len}")
-    seen = measure(model, cfg, sizes, seq_len=flags.seq_len, documents=flags.documents, packs=flags.packs,
-                   dtype=flags.dtype, remat_=remat_, moments=flags.moments,
-                   kind="cpu" if flags.machine == "cpu" else "meta", limit=limit, shares=_shares(flags.counts, cfg))
+    model, cfg, machine = subject(flags)
+    more: dict[str, Any] = {"rank": flags.lora, "overlap_": flags.overlap, "experts_on": flags.experts_on}
+    seen = estimate(model, cfg, sizes, seq_len=flags.seq_len, documents=flags.documents, packs=flags.packs,
+                    dtype=flags.dtype, remat_=remat_, moments=flags.moments,
+                    kind="cpu" if flags.machine == "cpu" else "meta", limit=limit, shares=_shares(flags.counts, cfg),
+                    **more)
     near = lambda axes: _near(axes, ordered(sizes), machine.node)
+    hidden = ("all_to_all",) if flags.overlap else ()
     times: Times = roofline(machine, seen.work, [(m.kind, m.ranks, near(m.axes), m.bytes) for m in seen.messages],
-                            flags.machine != "cpu")
+                            flags.machine != "cpu", hidden)
     rate = seen.tokens / times.step / flags.world
     lengths = [flags.seq_len // flags.documents] * flags.documents
-    useful = 3 * model.flops(cfg, lengths) / flags.seq_len
+    useful = model.flops(cfg, lengths, specs(flags, model, cfg)) / flags.seq_len
     usable = int(machine.memory * EFFICIENCY["capacity"])
     return Report(Path(flags.model).name, seen.parameters, flags.machine, flags.world, sizes, flags.seq_len,
-                  flags.documents, flags.packs, flags.dtype, remat_, flags.moments, seen.memory, seen.peak, usable,
-                  seen.peak <= usable, seen.messages, seen.flops, {**times._asdict(), "step": times.step}, seen.tokens,
-                  rate, rate * useful / machine.flops)
+                  flags.documents, flags.packs, flags.dtype, remat_, flags.lora, flags.experts_on, flags.overlap,
+                  flags.moments, seen.memory, seen.peak, usable, seen.peak <= usable, seen.messages, seen.flops,
+                  {**times._asdict(), "step": times.step}, seen.tokens, rate, rate * useful / machine.flops)
 
 
+def subject(flags: Flags) -> tuple[ModuleType, Any, Machine]:
+    """(the model's family, its config, the machine).
+
+    Raises ValueError or OSError naming the flag, or the file and field, that is wrong.
+    """
+    for name in ("world", "seq_len", "documents", "packs"):
+        if (given := getattr(flags, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: must be at least 1")
+    if flags.seq_len % flags.documents:
+        raise ValueError(f"--documents {flags.documents}: must divide --seq-len {flags.seq_len}")
+    if flags.lora < 0:
+        raise ValueError(f"--lora {flags.lora}: a rank is positive; 0 trains everything")
+    model, cfg = models.from_hf(model_path(flags.model, ["config.json"]), lambda text: print(text, file=sys.stderr))
+    return model, cfg, this_cpu() if flags.machine == "cpu" else MACHINES[flags.machine]
+
+
+def specs(flags: Flags, model: ModuleType, cfg: Any) -> tree.Tree:
+    """The model's specs as the transforms leave them: what is trained and adapted."""
+    made = model.specs(cfg)
+    for transform in sorted(transforms(cfg, flags.dtype, flags.remat, rank=flags.lora), key=lambda t: t.stage):
+        made = transform.specs(made)
+    return made
+
+
+@functools.cache
 def this_cpu() -> Machine:
     """This machine as one device: best product and bandwidth, measured; all ranks are on it, messages are copies."""
     import time
@@ -120,10 +159,16 @@ def _near(axes: Sequence[str], sizes: dict[str, int], node: int) -> int:
 def _shares(file: str | None, cfg: Any) -> list[list[float]] | None:
     if file is None:
         return None
-    counts = json.loads(Path(file).read_text())
-    experts = cfg.router.num_experts if hasattr(cfg, "router") else 0
-    sound = lambda row: isinstance(row, list) and len(row) == experts and sum(row)
-    if not isinstance(counts, list) or not all(map(sound, counts)):
+    if not hasattr(cfg, "router"):
+        raise ValueError(f"--counts {file}: the model has no experts; leave it out")
+    try:
+        counts = json.loads(Path(file).read_text())
+    except ValueError as e:
+        raise ValueError(f"--counts {file}: not JSON: {e}") from None
+    experts = cfg.router.num_experts
+    number = lambda n: type(n) in (int, float) and 0 <= n < math.inf
+    sound = lambda row: isinstance(row, list) and len(row) == experts and all(map(number, row)) and sum(row)
+    if not isinstance(counts, list) or not counts or not all(map(sound, counts)):
         raise ValueError(f"--counts {file}: must be a JSON list with a row of {experts} counts, not all zero, for "
                          "each layer with experts")
     return [[count / sum(row) for count in row] for row in counts]
@@ -134,11 +179,17 @@ def text(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1) or "one rank"
 
 
+def ways(r: Report) -> list[str]:
+    """What of a layout is not in its mesh."""
+    return [r.dtype, *["remat"] * r.remat, *[f"lora {r.lora}"] * bool(r.lora), *["overlap"] * r.overlap,
+            *[f"experts on {r.experts_on}"] * (r.experts_on != "ep")]
+
+
 def table(r: Report) -> str:
     """A report for people: memory, messages and work of one rank, and the step's time."""
     lines = [f"{r.model}, {r.parameters / 1e9:.3g} B parameters, on {r.world} × {r.machine}: {text(r.mesh)}, "
              f"{r.packs} × {r.seq_len} tokens a rank{' of dp × ep' * (r.mesh.get('sp', 1) > 1)}, "
-             f"{r.dtype}{', remat' * r.remat}, {r.moments} moments", "",
+             f"{', '.join(ways(r))}, {r.moments} moments", "",
              "memory of a rank at its peak     GB"]
     lines += [f"  {kind:<22}{held / 1e9:>11.3f}" for kind, held in r.memory.items()]
     lines += [f"  {'total':<22}{r.peak / 1e9:>11.3f}   {'fits' if r.fits else 'DOES NOT FIT'} into "

@@ -8,10 +8,12 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._mode_utils import no_dispatch
 from torch.utils.flop_counter import flop_registry
 
@@ -45,6 +47,7 @@ class Ledger(FakeTensorMode):
         self._kinds: list[str] = []
         self._sizes: list[int] = []
         self._events: list[int] = []                                 # n: number n is born, ~n: it dies
+        self._phases: list[int] = []                                 # where in the events each began
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inside, kwargs, deeper = self._depth > 0, kwargs or {}, func.namespace not in OURS
@@ -56,6 +59,11 @@ class Ledger(FakeTensorMode):
                     out = func(*args, **kwargs)
             elif not func._schema.returns:                           # it writes into what it was given
                 out = None
+            elif func.namespace == "aten" and given and all(map(self._on_meta, given)):
+                # what FakeTensorMode would come to, without its cache, whose keys take longer than a meta kernel
+                with in_kernel_invocation_manager(self):
+                    out = func(*args, **kwargs)
+                out = type(out)(map(self._faked, out)) if isinstance(out, list | tuple) else self._faked(out)
             else:
                 out = super().dispatch(func, types, args, kwargs)
         finally:
@@ -72,6 +80,13 @@ class Ledger(FakeTensorMode):
             known = {t.untyped_storage()._cdata for t in given}
             self._note(func, args, kwargs, given, out, [t for t in results if t.untyped_storage()._cdata not in known])
         return out
+
+    def _on_meta(self, t: torch.Tensor) -> bool:
+        return type(t) is FakeTensor and t.fake_device.type == "meta" and t.constant is None
+
+    def _faked(self, x: Any) -> Any:
+        """A result as a fake tensor; one that was an argument is that, and what is no tensor stays as it is."""
+        return FakeTensor(self, x, x.device) if type(x) is torch.Tensor else x
 
     def _see(self, t: torch.Tensor, kind: str | None = None) -> bool:
         """Enter a tensor's memory, unless it is there; whether it was new."""
@@ -104,7 +119,13 @@ class Ledger(FakeTensorMode):
             return
         written = [t for a, x in zip(func._schema.arguments, args, strict=False)
                    if a.alias_info and a.alias_info.is_write for t in _tensors(x)]
-        formula = self._flash if name.startswith("_flash_attention") else flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func.namespace == "aten" and name.endswith("_"):             # in place
+            formula = flop_registry.get(getattr(torch.ops.aten, name[:-1], None))
+        if name.startswith("_flash_attention"):
+            formula = self._flash
+        elif name.startswith("_scaled_dot_product") and formula is None:
+            formula = partial(self._masked, "backward" in name)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         self.work[self._label(name, flops), flops, sum(t.nbytes for t in (*given, *written, *fresh))] += 1
 
@@ -118,6 +139,12 @@ class Ledger(FakeTensorMode):
         scores, values = (3, 2) if backward else (1, 1)              # products as wide as q and as v
         return 2 * pairs * q.shape[1] * (scores * q.shape[2] + values * v.shape[2])
 
+    def _masked(self, backward: bool, *args: Any, **_: Any) -> int:
+        """FLOPs of attention under a mask, hidden pairs included: of a CPU's kernel torch has no formula."""
+        q, k, v = args[backward:3 + backward]
+        scores, values = (3, 2) if backward else (1, 1)
+        return 2 * math.prod(q.shape[:3]) * k.shape[2] * (scores * q.shape[3] + values * v.shape[3])
+
     def _label(self, name: str, flops: int) -> str:
         if not flops:
             return "optimizer" if self.kind == "optimizer" else "passes"
@@ -126,7 +153,12 @@ class Ledger(FakeTensorMode):
     def start(self, limit: float = math.inf) -> None:
         """Forget work and peak: a step begins here. More than `limit` bytes from now on raise MemoryError."""
         self.limit, self.peak, self._peak_at = limit, self.now, len(self._events)
+        self._phases = [len(self._events)]
         self.work.clear()
+
+    def phase(self) -> None:
+        """A part of the step ends here, and the next begins."""
+        self._phases.append(len(self._events))
 
     @contextlib.contextmanager
     def entering(self, kind: str) -> Iterator[None]:
@@ -147,11 +179,27 @@ class Ledger(FakeTensorMode):
 
     def at_peak(self) -> dict[str, int]:
         """Bytes of each kind at the moment when most were alive."""
-        held: dict[str, int] = dict.fromkeys(KINDS, 0)
-        for event in self._events[:self._peak_at]:
-            number = event if event >= 0 else ~event
-            held[self._kinds[number]] += self._sizes[number] if event >= 0 else -self._sizes[number]
-        return held
+        return self._held([self._peak_at])[0]
+
+    def peaks(self) -> list[dict[str, int]]:
+        """As `at_peak`, of the first and of the second half of each phase."""
+        ends, moments, now = [*self._phases, len(self._events)], [], 0
+        halves = [at for a, b in pairwise(ends) for at in (a, (a + b) // 2)] + ends[-1:]
+        totals = [0, *(now := now + (self._sizes[e] if e >= 0 else -self._sizes[~e]) for e in self._events)]
+        for a, b in pairwise(halves):
+            moments.append(max(range(a, b + 1), key=totals.__getitem__))
+        return self._held(moments)
+
+    def _held(self, moments: list[int]) -> list[dict[str, int]]:
+        """Bytes of each kind after so many events each, which come in order."""
+        held, at, out = dict.fromkeys(KINDS, 0), 0, []
+        for moment in moments:
+            for event in self._events[at:moment]:
+                number = event if event >= 0 else ~event
+                held[self._kinds[number]] += self._sizes[number] if event >= 0 else -self._sizes[number]
+            at = max(at, moment)
+            out.append(dict(held))
+        return out
 
 
 def _tensors(x: Any) -> list[torch.Tensor]:

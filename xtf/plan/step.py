@@ -23,7 +23,7 @@ from xtf.parallel._mesh import forget
 from xtf.plan.ledger import Ledger
 from xtf.spec import num_params
 from xtf.transform import Transform
-from xtf.transforms import bf16, jit, remat
+from xtf.transforms import bf16, jit, lora, overlap, remat
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -36,7 +36,8 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """What one rank's step costs. Bytes when most are alive, by kind; FLOPs by kind; `tokens` of the whole step."""
+    """What one rank's step costs. Bytes when most are alive, by kind; FLOPs by kind; `tokens` of the whole step.
+    `moments`: as `memory`, in each half of each part of the step (forwards, backwards, update)."""
     peak: int
     memory: dict[str, int]
     messages: list[Message]
@@ -44,6 +45,7 @@ class Measured(msgspec.Struct, frozen=True):
     tokens: int
     parameters: int
     work: Counter
+    moments: list[dict[str, int]]
 
 
 class Balanced:
@@ -51,18 +53,18 @@ class Balanced:
 
     A token chooses K different experts within `top_groups` groups at random, so it misses a rank that holds m of the n
     experts within with probability C(n - m, K) / C(n, K); m is a rank's experts times their load over the even one. The
-    rank that is planned is the fullest.
+    rank that is planned is the fullest. `again`: layers are recomputed; `halves`: micro-batches come in so many parts.
     """
     rows = pairs = None
 
-    def __init__(self, router: moe.Router, shares_LE: Sequence[Sequence[float]] | None, again: bool):
-        self.router, self.calls, self.again = router, 0, again
+    def __init__(self, router: moe.Router, shares_LE: Sequence[Sequence[float]] | None, again: bool, halves: int = 1):
+        self.router, self.calls, self.again, self.halves = router, 0, again, halves
         self.shares_LE = shares_LE or [[1 / router.num_experts] * router.num_experts]
 
     def sizes(self, announced: Any) -> tuple[list[int], list[int], int]:
         """As `Strategy.sizes` of `xtf.parallel.ep`: layers in order, and in reverse again where recomputed."""
         L, (T, K), R = len(self.shares_LE), announced.experts_TK.shape, len(announced.mine_R)
-        at, self.calls = self.calls % (2 * L if self.again else L), self.calls + 1
+        at, self.calls = self.calls // self.halves % (2 * L if self.again else L), self.calls + 1
         e = self.router.num_experts // R
         loads_LR = [[sum(row[r * e:(r + 1) * e]) * R for r in range(R)] for row in self.shares_LE]
         full = max(range(R), key=lambda r: sum(load[r] for load in loads_LR))
@@ -103,8 +105,10 @@ def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
         forget()
 
 
-def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | None = None) -> tuple[Any, Any, Any]:
-    """(the recipes' step, its optimizer, its guard); a ledger is told which memory is the gradients'."""
+def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | None = None,
+                  micro_packs: int = 1) -> tuple[Any, Any, Any]:
+    """(the recipes' step, its optimizer, its guard); a ledger is told of its phases, and which memory is the
+    gradients'."""
     tx = chain(clip_by_global_norm(1.0), adamw(schedules.cosine(1e-5, 100, 0.03), weight_decay=0.1, moments=moments))
     watch, has_experts = guard(), hasattr(cfg, "router")
 
@@ -114,17 +118,23 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
 
         def share(params: Any, batch: Batch, ops: Any) -> Any:
             if num_routed is None:
-                return model.loss(params, batch, cfg, ops) / num_tokens, {}
-            nll, routing = model.loss_and_routing(params, batch, cfg, ops)
-            return nll / num_tokens + 1e-3 * moe.balance(routing, num_routed, ops), moe.sums(routing)
+                loss, sums = model.loss(params, batch, cfg, ops) / num_tokens, {}
+            else:
+                nll, routing = model.loss_and_routing(params, batch, cfg, ops)
+                loss = nll / num_tokens + 1e-3 * moe.balance(routing, num_routed, ops)
+                sums = moe.sums(routing)
+            if ledger is not None:
+                ledger.phase()
+            return loss, sums
 
         def graded(params: Any, batch: Any, ops: Any) -> Any:
             value, grads = xtf.value_and_grad(share)(params, batch, ops)
             if ledger is not None:  # before the last micro-batch they are in `ops.into`
+                ledger.phase()
                 ledger.mark("gradients", map(local, tree.leaves(grads) if grads is not None else ops.into.grads[1]))
             return value, grads
 
-        (loss, _), grads = xtf.microbatch(graded, len(batch.input_ids))(state.params, batch, ops)
+        (loss, _), grads = xtf.microbatch(graded, len(batch.input_ids) // micro_packs)(state.params, batch, ops)
         with ledger.entering("optimizer") if ledger is not None else contextlib.nullcontext():
             norm = ops.norm(grads)
             ok, seen = watch.check(state.extra, loss, norm)
@@ -133,11 +143,19 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
     return train_step, tx, watch
 
 
-def transforms(cfg: Any, dtype: str, remat_: bool, strategy: Any = None) -> list[Transform]:
-    """Those of the recipes, without torch.compile: `strategy` is `ep`'s, for models with experts."""
+def transforms(cfg: Any, dtype: str, remat_: bool, strategy: Any = None, *, rank: int = 0, overlap_: bool = False,
+               experts_on: str = "ep") -> list[Transform]:
+    """Those of the recipes, without torch.compile: `strategy` is `ep`'s, for models with experts; `rank` is `lora`'s.
+
+    Raises ValueError for --overlap of a model without experts.
+    """
+    if overlap_ and not hasattr(cfg, "router"):
+        raise ValueError("--overlap: the model has no experts, whose messages it would hide; leave it out")
     return [fsdp("dp", "ep", "sp"), ulysses("sp"), jit(compile=False),
-            *([ep("ep", strategy or exact())] if hasattr(cfg, "router") else []),
-            *([bf16()] if dtype == "bf16" else []), *([remat()] if remat_ else [])]
+            *([ep(experts_on, strategy or exact())] if hasattr(cfg, "router") else []),
+            *([bf16()] if dtype == "bf16" else []), *([remat()] if remat_ else []),
+            *([lora(rank, base_dtype=torch.bfloat16 if dtype == "bf16" else None)] if rank else []),
+            *([overlap()] if overlap_ else [])]
 
 
 def ordered(sizes: dict[str, int]) -> dict[str, int]:
@@ -152,23 +170,26 @@ def ordered(sizes: dict[str, int]) -> dict[str, int]:
 def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int, documents: int = 1, packs: int = 1,
             dtype: str = "bf16",  remat_: bool = False, moments: Any = "fp32", kind: str = "meta",
             limit: float = math.inf, shares: Sequence[Sequence[float]] | None = None, strategy: Any = None,
-            batch: Batch | None = None) -> Measured:
+            batch: Batch | None = None, rank: int = 0, overlap_: bool = False, experts_on: str = "ep") -> Measured:
     """One training step of rank 0 on the mesh `sizes`, as the recipes write it, with nothing computed.
 
     kind: "meta" stands for a GPU (kernels for CUDA), "cpu" for this machine. `shares` as in `Balanced`, `strategy` in
     its place. `batch` is this rank's, of real tensors (kind "cpu"); without it packs are full, of `documents` that are
-    alike.
+    alike. `rank`, `overlap_`, `experts_on` as in `transforms`.
 
     Raises ValueError where the model does not divide over the mesh, MemoryError as soon as more than `limit` bytes are
     alive.
     """
     sizes = ordered(sizes)
-    ledger = Ledger()
-    train_step, tx, watch = training_step(model, cfg, moments, ledger)
+    ledger, micro_packs = Ledger(), 2 if overlap_ else 1
+    if packs % micro_packs:
+        raise ValueError(f"--packs {packs}: --overlap takes two at a time; give an even number")
+    train_step, tx, watch = training_step(model, cfg, moments, ledger, micro_packs)
     if strategy is None and hasattr(cfg, "router"):
-        strategy = Balanced(cfg.router, shares, remat_)
+        strategy = Balanced(cfg.router, shares, remat_, micro_packs)
+    chosen = transforms(cfg, dtype, remat_, strategy, rank=rank, overlap_=overlap_, experts_on=experts_on)
     with ranks(sizes, kind) as mesh:
-        step = xtf.shard(train_step, *transforms(cfg, dtype, remat_, strategy), mesh=mesh, specs=model.specs(cfg))
+        step = xtf.shard(train_step, *chosen, mesh=mesh, specs=model.specs(cfg))
         with ledger, C.record() as sent:
             with ledger.entering("parameters"):
                 params = _empty(step.specs, step.layout, kind)
@@ -184,7 +205,7 @@ def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int,
             flops[what] += n * count
         replicas = math.prod(sizes.get(a, 1) for a in PACK_AXES)
         return Measured(ledger.peak, ledger.at_peak(), _messages(sent, mesh), dict(flops),
-                        given.input_ids.numel() * replicas, num_params(step.specs), ledger.work)
+                        given.input_ids.numel() * replicas, num_params(step.specs), ledger.work, ledger.peaks())
 
 
 def _empty(specs: tree.Tree, layout: tree.Tree | None, kind: str) -> tree.Tree:
