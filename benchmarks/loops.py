@@ -297,4 +297,5 @@ def _varlen(module, q, k, v, mask, *, cu_seq_lens_q, max_length_q, scaling=None,
         options["enable_gqa"] = True
     else:                                                         # torch 2.11
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **options).unsqueeze(0), None  # type: ignore[union-attr]
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    return varlen_attn(q, k, v, *lengths, **options).unsqueeze(0), None  # type: ignore[union-attr]

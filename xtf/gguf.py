@@ -252,7 +252,8 @@ def _byte_level(source: Path, ggml: Mapping[str, Any]) -> Tokenizer:
     kept = [(i, t, k) for i, (t, k) in enumerate(zip(ggml["tokens"], types, strict=True))
             if not (k == TokenType.UNUSED and re.fullmatch(r"\[PAD\d+\]", t))]  # fill the embedding's last rows
     merges = [tuple(m.split(" ")) for m in ggml["merges"]]
-    tokenizer = Tokenizer(BPE(vocab={t: i for i, t, _ in kept}, merges=merges, ignore_merges=pre in LLAMA3))  # type: ignore[arg-type]
+    bpe = BPE(vocab={t: i for i, t, _ in kept}, merges=merges, ignore_merges=pre in LLAMA3)  # type: ignore[arg-type]
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = split  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     if pre in QWEN2:

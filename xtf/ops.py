@@ -88,13 +88,13 @@ class ExpertRows(Protocol):
 
 
 class Announce(Protocol):
-    def __call__(self, experts_TC: Tensor, num_experts: int, /) -> Any:
-        """Which expert ids [T, C] (-1: nobody) each token goes to: starts the exchange of counts, waits for nothing."""
+    def __call__(self, experts_TK: Tensor, num_experts: int, /) -> Any:
+        """Which expert ids [T, K] (-1: nobody) each token goes to: starts the exchange of counts, waits for nothing."""
         ...
 
 
 class Dispatch(Protocol):
-    def __call__(self, x_TD: Tensor, weights_TC: Tensor, announced: Any, /) -> Any:
+    def __call__(self, x_TD: Tensor, weights_TK: Tensor, announced: Any, /) -> Any:
         """Start rows and weights on their way to the experts (permute, all-to-all). Returns a flight for `arrive`."""
         ...
 
@@ -189,7 +189,7 @@ def linear(x: torch.Tensor, node: dict, axes: tuple[str, str]) -> torch.Tensor:
 def scan_with(whole: Callable[[tree.Tree], tree.Tree], block: Callable, layers: Sequence, x: Any, /, *shared: Any,
               xs: Sequence | None = None, around: Callable | None = None) -> tuple[Any, list]:
     """The plain scan: `whole(params)` inside `around`, layer after layer."""
-    check_block(block, xs)
+    check_block(block, xs, len(layers))
     ys = []
     for i, params in enumerate(layers):
         # made whole inside the call: remat calls it once more in backward
@@ -209,19 +209,23 @@ def run_block(block: Callable, params: tree.Tree, x: Any, *shared: Any, extra: t
     return out
 
 
-def check_block(block: Callable, xs: Sequence | None) -> None:
+def check_block(block: Callable, xs: Sequence | None, layers: int) -> None:
     """Raise if a block cannot be given to `scan`: TypeError where it takes no `xs` though there are some, ValueError
-    where it closes over a tensor that needs gradients (under fsdp and remat its gradient would be lost).
+    where there are more or fewer of them than layers, and where it closes over a tensor that needs gradients (under
+    fsdp and remat its gradient would be lost).
 
     Looks through `functools.partial` and one level of containers.
 
-    >>> check_block(lambda params, x: (x, None), xs=[1])
+    >>> check_block(lambda params, x: (x, None), xs=[1], layers=1)
     Traceback (most recent call last):
     TypeError: scan: <lambda> takes no argument called `xs`, in which scan hands each layer its entry of xs=
     """
     if xs is not None and not _takes_xs(block):
         raise TypeError(f"scan: {_label(block)} takes no argument called `xs`, in which scan hands each layer its "
                         "entry of xs=")
+    if xs is not None and len(xs) != layers:
+        raise ValueError(f"scan: {_label(block)} is given {layers} layers and {len(xs)} entries of xs=; give as many "
+                         "entries as layers")
     fn = block
     while isinstance(fn, partial):
         for name, value in [*((f"argument {i}", a) for i, a in enumerate(fn.args)), *fn.keywords.items()]:

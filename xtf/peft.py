@@ -209,7 +209,7 @@ def _config(path: str | Path) -> dict[str, Any]:
         if not (config["peft_type"] == "LORA" and r > 0 and alpha > 0):
             raise ValueError(f"peft_type {config['peft_type']}, r {r}, lora_alpha {alpha}: must be LORA, and positive")
         same = all(math.isclose(alphas.get(key, alpha) / ranks.get(key, r), alpha / r) for key in {*ranks, *alphas})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{file}: not the config of a LoRA adapter ({type(e).__name__}: {e})") from None
     for key, value in config.items():
         known = key in {*NEUTRAL, *HONOURED, *WITHOUT_EFFECT}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from xtf import tree
+from xtf.optim.core import apply_updates, taken
 
 
 @tree.dataclass_tree
@@ -36,12 +37,10 @@ class TrainState:
 
         This, not `step`, is what its schedule is called with: `schedule(state.taken)` is the rate of the step at hand.
         """
-        from xtf.optim.core import taken
         return taken(self.opt)
 
     def apply(self, updates: tree.Tree, opt: tree.Tree, extra: Any = None) -> "TrainState":
         """The next state: parameters plus updates (None where frozen), the new optimizer state, one step more."""
-        from xtf.optim import apply_updates
         return replace(self, step=self.step + 1, params=apply_updates(self.params, updates, donate=self.donated),
                        opt=opt, extra=self.extra if extra is None else extra)
 

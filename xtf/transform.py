@@ -35,7 +35,8 @@ class Stage(IntEnum):
 
     Choose by what yours does. PRECISION, 0: what leaves compute in. STORAGE, 10: where they are kept (fsdp). SEQUENCE,
     20: positions (ulysses). EXPERTS, 25: tokens to experts (ep). WEIGHTS, 30: what a product is (lora). REMAT, 40: what
-    is kept for backward. JIT, 50: what is compiled. OVERLAP, 60: what runs in turns. Any whole number between two of
+    is kept for backward. JIT, 50: what is compiled. OVERLAP, 60: what runs in turns. LAST: what
+    looks at all that the others made, as `xtf.testing` does. Any whole number between two of
     them is a stage too: 5 freezes leaves before they are stored, 15 splits products, inside of lora; 55 sees blocks as
     they are after jit.
 
@@ -50,6 +51,7 @@ class Stage(IntEnum):
     REMAT = 40
     JIT = 50
     OVERLAP = 60
+    LAST = 1 << 30
 
 
 def _unchanged(x: Any, *_: Any) -> Any:

@@ -59,17 +59,29 @@ def test_no_circle_within_a_room():
     assert not graph, f"a circle among {sorted(graph)}"
 
 
-def test_the_root_is_small_and_the_map_names_every_file():
-    assert len(list((ROOT / "xtf").glob("*.py"))) <= 20
+def rows() -> dict[str, int]:
+    """The files and folders that the README's map names, each with the number of the last row that does."""
     text = (ROOT / "README.md").read_text()
     table = text[text.index("## Where things are"):text.index("## Read on")]
-    # `folder/`: file, file, ... in one row
-    named = set()
-    for row in (line for line in table.splitlines() if line.startswith("|")):
-        words = re.findall(r"`([\w/.]+)`", row)
+    named = {}
+    for number, row in enumerate(line for line in table.splitlines() if line.startswith("|")):
+        words = re.findall(r"`([\w/.]+)`", row)                      # `folder/`: file, file, ... in one row
         for word in words:
-            folder = words[0] if words[0].endswith("/") else "xtf/"
-            named.add(word if word.startswith(("xtf/", "recipes/")) else folder + word)
+            named[word if word.startswith(("xtf/", "recipes/")) else words[0] + word] = number
+    return named
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=module)
+def test_each_row_of_the_map_uses_those_above_it(path):
+    named = rows()
+    at = lambda p: named[str(p.relative_to(ROOT)).replace("__init__.py", "")]
+    for name in imports(path) - {"xtf"}:
+        assert at(MODULES[name]) <= at(path), f"{name} stands in a row below {module(path)}'s"
+
+
+def test_the_root_is_small_and_the_map_names_every_file():
+    assert len(list((ROOT / "xtf").glob("*.py"))) <= 20
+    named = rows()
     files = [str(p.relative_to(ROOT)) for p in FILES if p.name != "__init__.py"]
     missing = [name for name in files if name not in named]
     assert not missing, f"README.md, Where things are, names no {missing}"

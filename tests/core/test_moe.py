@@ -131,21 +131,21 @@ def test_remat_keeps_the_choice():
     ids = torch.randint(M.VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
     batch = xtf.data.Batch(ids, ids.roll(-1, 1), torch.ones(2, 6), torch.arange(6).expand(2, 6),
                            torch.tensor([[0, 6]] * 2, dtype=torch.int32))
-    plans = []
+    announced = []
 
     def counted():
         def wrap(ops, env):
             def announce(experts_TK, E):
-                plans.append(experts_TK)
-                return ops.announce((experts_TK + len(plans)) % E, E)                   # another choice each time
+                announced.append(experts_TK)
+                return ops.announce((experts_TK + len(announced)) % E, E)                   # another choice each time
             return replace(ops, announce=announce)
         return xtf.Transform("counted", 27, wrap)
 
     def grads(*transforms):
-        plans.clear()
+        announced.clear()
         share = xtf.value_and_grad(lambda p, b, ops: module.loss(p, b, cfg, ops))
         run = xtf.shard(lambda p, b, ops: share(p, b, ops), counted(), *transforms, specs=specs)
-        return run(xtf.init(run.specs), batch)[1], len(plans)
+        return run(xtf.init(run.specs), batch)[1], len(announced)
 
     want, once = grads()
     for keep in ((), ("attn_out",)):

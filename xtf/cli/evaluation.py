@@ -11,6 +11,7 @@ from xtf import LOCAL, TrainState, Transform, shard
 from xtf.cli.ranks import on_device
 from xtf.data import Loader, eval_batches
 from xtf.grad import parts
+from xtf.nn import ModelConfig
 from xtf.parallel import settle
 
 
@@ -33,7 +34,7 @@ class Evaluation:
     there is room for no more.
     """
 
-    def __init__(self, flags: Any, model: ModuleType, cfg: Any, loader: Loader, held_out: Any,
+    def __init__(self, flags: Any, model: ModuleType, cfg: ModelConfig, loader: Loader, held_out: Any,
                  transforms: Sequence[Transform], mesh: DeviceMesh | None, packs: int):
         self.flags, self.loader, self.held_out, self.mesh = flags, loader, held_out, mesh
 

@@ -74,7 +74,7 @@ def config(path: str | Path) -> dict[str, Any]:
     try:
         found = (json.loads(file.read_text()).get("quantization_config") or {}) if file.is_file() else {}
         method = found.get("quant_method")
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f"{file}: not a model's configuration ({type(e).__name__}: {e}); fetch it again") from e
     only = {"quant_method": ("fp8", "mxfp4")}
     if method == "fp8":

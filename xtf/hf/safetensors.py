@@ -91,11 +91,11 @@ def _nothing(path: Path) -> str:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         if not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
             raise ValueError("weight_map must give a file name for each tensor")
         return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{index}: not an index of safetensors ({type(e).__name__}: {e}); fetch it again") from e
 
 

@@ -210,7 +210,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("linear_cross_entropy: its gradients, made in forward, were handed out; say "
                                "retain_graph=True in the first backward")
-        again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]  # then they may be asked for again
+        # with retain_graph they may be asked for again
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
         gradients, ctx.gradients = ctx.gradients, (ctx.gradients if again else None)
         dx, dweight = (None if d is None else _scaled(d, g, dtype, again)
                        for d, dtype in zip(gradients, ctx.dtypes, strict=True))

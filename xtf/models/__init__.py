@@ -45,10 +45,10 @@ def from_hf(path: str | Path, say: Callable[[str], Any] = print) -> tuple[Module
         raise FileNotFoundError(f"{file}: no such file; pass a Hugging Face directory, the one that holds config.json")
     try:
         hf = json.loads(file.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{file}: not JSON: {e}") from None
     family = hf.get("model_type") if isinstance(hf, dict) else None
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     module = FAMILIES[family]
     try:

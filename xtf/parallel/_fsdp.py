@@ -174,8 +174,10 @@ class Pending(NamedTuple):
 class Gather(torch.autograd.Function):
     """Parts → whole leaves. One output a leaf (slices of one flat output cost ten times as much in backward).
 
-    Backward starts the reduce-scatter and returns None; `settle` adds the parts to their leaves' `.grad`, where
-    autograd adds those of leaves that are whole: it would itself add a tied leaf's two gradients before they are there.
+    Gradients are summed over ranks here, over the axes that a leaf is stored over; those of leaves that are whole in
+    xtf/parallel/sums.py. Backward starts the reduce-scatter and returns None; `settle` adds the parts to their leaves'
+    `.grad`, where autograd adds those of leaves that are whole: it would itself add a tied leaf's two gradients before
+    they are there.
     """
     @staticmethod
     def forward(ctx, bucket, ahead, schedule, *parts):
@@ -335,7 +337,7 @@ def _wrap(ops: Ops, env: Env, reshard: bool, reduce_dtype: torch.dtype | None) -
 
     def scan(block: Callable, layers: Sequence, x: Any, /, *shared: Any, xs: Sequence | None = None,
              around: Callable | None = None) -> tuple[Any, list]:
-        check_block(block, xs)
+        check_block(block, xs, len(layers))
         # 1. one bucket a layer; each knows the one to gather ahead, in forward and in backward
         all_prepared = [prepare(params) for params in layers]
         buckets = [prepared.bucket for prepared in all_prepared]

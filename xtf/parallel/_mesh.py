@@ -85,7 +85,9 @@ USES = "tokens", "weights", "gradients"
 
 def group(m: DeviceMesh | None, *over: str, use: str = "tokens") -> Group:
     """The process group of the axes `over` taken as one (made on first use, on every rank in the same order)."""
-    assert m is not None, "one process has no process groups"
+    if m is None:
+        raise ValueError(f"group{over}: one process has no process groups; a transform whose wrap asks for one does so "
+                         "where env.size(axis) is above 1")
     return group_of(flattened(m, tuple(a for a in over if a in axes(m))), use)
 
 

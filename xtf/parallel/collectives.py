@@ -183,7 +183,7 @@ def _operator(fn: Any) -> Any:
         told = _planned(_resolve_process_group(group))  # pyright: ignore
         return fn(x, group) if told else torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    op = torch.library.custom_op(f"xtf::{fn.__name__.strip('_')}", fn, mutates_args=())  # pyright: ignore[reportCallIssue]
+    op = torch.library.custom_op(f"xtf::{fn.__name__.strip('_')}", fn, mutates_args=())  # pyright: ignore
     op.register_fake(fake)
     op.register_autograd(lambda ctx, grad: (op(grad, ctx.group), None), setup_context=_keep_group)  # pyright: ignore
     return op

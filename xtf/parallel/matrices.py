@@ -55,7 +55,7 @@ def matrices(fn: Callable[[torch.Tensor], torch.Tensor], leaves: list[torch.Tens
     jobs: dict[tuple, list[int]] = {}
     for i, leaf in enumerate(leaves):
         if out[i] is None:
-            jobs.setdefault((leaf.device_mesh, _sharing(leaf), leaf.dtype), []).append(i)  # pyright: ignore[reportAttributeAccessIssue]
+            jobs.setdefault((leaf.device_mesh, _sharing(leaf), leaf.dtype), []).append(i)  # pyright: ignore
     for (mesh, axes, _), members in jobs.items():
         done = _shared(fn, [leaves[i] for i in members], mesh, axes)
         for i, y in zip(members, done, strict=True):

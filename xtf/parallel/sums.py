@@ -5,6 +5,9 @@ soon as the gradients of its leaves are final and the bucket before it has start
 order still send the same messages in the same order. A bucket is the gradients themselves, moved into one flat buffer:
 beside one copy of all gradients there is room for the bucket that is being moved.
 
+Gradients of leaves that are stored in parts are summed elsewhere: by the reduce-scatters of `Gather.backward` in
+xtf/parallel/_fsdp.py. xtf/_shard.py puts the two together.
+
 Bytes of one step, at any number of micro-batches: 2 (W - 1) / W × the bytes of the leaves' gradients, from each rank.
 """
 from collections.abc import MutableMapping

@@ -14,6 +14,7 @@ import tyro
 
 from xtf import device, models, tree
 from xtf.data.read import model_path
+from xtf.nn import ModelConfig
 from xtf.plan.layers import estimate
 from xtf.plan.machines import EFFICIENCY, MACHINES, Machine, Times, roofline
 from xtf.plan.step import Message, ordered, transforms
@@ -123,7 +124,7 @@ def subject(flags: Flags) -> tuple[ModuleType, Any, Machine]:
     return model, cfg, this_cpu() if flags.machine == "cpu" else MACHINES[flags.machine]
 
 
-def specs(flags: Flags, model: ModuleType, cfg: Any) -> tree.Tree:
+def specs(flags: Flags, model: ModuleType, cfg: ModelConfig) -> tree.Tree:
     """The model's specs as the transforms leave them: what is trained and adapted."""
     made = model.specs(cfg)
     for transform in sorted(transforms(cfg, flags.dtype, flags.remat, rank=flags.lora), key=lambda t: t.stage):
@@ -156,16 +157,16 @@ def _near(axes: Sequence[str], sizes: dict[str, int], node: int) -> int:
     return sum(m < node for m in members)
 
 
-def _shares(file: str | None, cfg: Any) -> list[list[float]] | None:
+def _shares(file: str | None, cfg: ModelConfig) -> list[list[float]] | None:
     if file is None:
         return None
-    if not hasattr(cfg, "router"):
+    if (router := getattr(cfg, "router", None)) is None:
         raise ValueError(f"--counts {file}: the model has no experts; leave it out")
     try:
         counts = json.loads(Path(file).read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"--counts {file}: not JSON: {e}") from None
-    experts = cfg.router.num_experts
+    experts = router.num_experts
     number = lambda n: type(n) in (int, float) and 0 <= n < math.inf
     sound = lambda row: isinstance(row, list) and len(row) == experts and all(map(number, row)) and sum(row)
     if not isinstance(counts, list) or not counts or not all(map(sound, counts)):

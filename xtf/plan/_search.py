@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from xtf import tree
+from xtf.nn import ModelConfig
 from xtf.plan._report import Flags, Report, report, specs, subject, text
 from xtf.plan.machines import EFFICIENCY
 
@@ -19,7 +19,7 @@ MOMENTS = {"fp32": 8, "bf16": 4, "int8": 2}  # bytes of both of a parameter's, s
 EACH = 4                                     # groups of layouts that are worth starting a process for
 
 
-def meshes(world: int, seq_len: int, cfg: Any, experts_on: str = "ep") -> Iterator[dict[str, int]]:
+def meshes(world: int, seq_len: int, cfg: ModelConfig, experts_on: str = "ep") -> Iterator[dict[str, int]]:
     """The meshes that a model divides over: the axis `experts_on` its experts, `sp` its query heads and positions.
 
     >>> import msgspec
@@ -27,7 +27,8 @@ def meshes(world: int, seq_len: int, cfg: Any, experts_on: str = "ep") -> Iterat
     [{'dp': 2, 'ep': 1, 'sp': 1}, {'replicate': 2, 'dp': 1, 'ep': 1, 'sp': 1}, {'dp': 1, 'ep': 1, 'sp': 2}]
     """
     divisors = [n for n in range(1, world + 1) if world % n == 0]
-    experts = cfg.router.num_experts if hasattr(cfg, "router") else 1
+    router = getattr(cfg, "router", None)
+    experts = 1 if router is None else router.num_experts
     for sp in (n for n in divisors if cfg.num_attention_heads % n == 0 and seq_len % n == 0):
         for ep in (n for n in divisors if world % (n * sp) == 0 and (n == 1 or (experts > 1 and experts_on == "ep"))):
             for replicate in (n for n in divisors if world % (n * sp * ep) == 0):

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from xtf.nn import ModelConfig
 from xtf.plan.step import Measured, Message, measure
 
 # Times that the pattern comes in the first shallow model, once more in the second: with fewer, not all the buffers are
@@ -19,7 +20,7 @@ from xtf.plan.step import Measured, Message, measure
 FEW = 4
 
 
-def pattern(model: ModuleType, cfg: Any) -> tuple[int, int]:
+def pattern(model: ModuleType, cfg: ModelConfig) -> tuple[int, int]:
     """(layers before, layers of the pattern that then repeats itself to the end), the shortest of both together.
 
     >>> from xtf.models import gpt_oss
@@ -34,13 +35,13 @@ def pattern(model: ModuleType, cfg: Any) -> tuple[int, int]:
 
 
 def shallow(cfg: Any, layers: int) -> Any:
-    """The config with its first layers alone."""
+    """The config, a `ModelConfig` of msgspec's, with its first layers alone."""
     types = getattr(cfg, "layer_types", None)
     return msgspec.structs.replace(cfg, num_hidden_layers=layers,
                                    **({"layer_types": types[:layers]} if types is not None else {}))
 
 
-def estimate(model: ModuleType, cfg: Any, sizes: dict[str, int], *, limit: float = math.inf,
+def estimate(model: ModuleType, cfg: ModelConfig, sizes: dict[str, int], *, limit: float = math.inf,
              **options: Any) -> Measured:
     """As `measure`, of a model whose layers are alike in a fraction of its time; a shallow one is measured whole.
 

@@ -192,7 +192,8 @@ class Ledger(FakeTensorMode):
 
     def _held(self, moments: list[int]) -> list[dict[str, int]]:
         """Bytes of each kind after so many events each, which come in order."""
-        held, at, out = dict.fromkeys(KINDS, 0), 0, []
+        held: dict[str, int] = dict.fromkeys(KINDS, 0)
+        at, out = 0, []
         for moment in moments:
             for event in self._events[at:moment]:
                 number = event if event >= 0 else ~event

@@ -16,6 +16,7 @@ import xtf
 from xtf import moe, tree
 from xtf.data.batch import Batch, room
 from xtf.layout import AXES, PACK_AXES, local
+from xtf.nn import ModelConfig
 from xtf.optim import adamw, chain, clip_by_global_norm, guard, schedules
 from xtf.parallel import collectives as C
 from xtf.parallel import ep, exact, fsdp, ulysses
@@ -105,7 +106,7 @@ def ranks(sizes: dict[str, int], kind: str) -> Iterator[DeviceMesh | None]:
         forget()
 
 
-def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | None = None,
+def training_step(model: ModuleType, cfg: ModelConfig, moments: Any, ledger: Ledger | None = None,
                   micro_packs: int = 1) -> tuple[Any, Any, Any]:
     """(the recipes' step, its optimizer, its guard); a ledger is told of its phases, and which memory is the
     gradients'."""
@@ -143,8 +144,8 @@ def training_step(model: ModuleType, cfg: Any, moments: Any, ledger: Ledger | No
     return train_step, tx, watch
 
 
-def transforms(cfg: Any, dtype: str, remat_: bool, strategy: Any = None, *, rank: int = 0, overlap_: bool = False,
-               experts_on: str = "ep") -> list[Transform]:
+def transforms(cfg: ModelConfig, dtype: str, remat_: bool, strategy: Any = None, *, rank: int = 0,
+               overlap_: bool = False, experts_on: str = "ep") -> list[Transform]:
     """Those of the recipes, without torch.compile: `strategy` is `ep`'s, for models with experts; `rank` is `lora`'s.
 
     Raises ValueError for --overlap of a model without experts.
@@ -167,8 +168,8 @@ def ordered(sizes: dict[str, int]) -> dict[str, int]:
     return {a: sizes[a] for a in (*(a for a in AXES if a in sizes), *(a for a in sizes if a not in AXES))}
 
 
-def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int, documents: int = 1, packs: int = 1,
-            dtype: str = "bf16",  remat_: bool = False, moments: Any = "fp32", kind: str = "meta",
+def measure(model: ModuleType, cfg: ModelConfig, sizes: dict[str, int], *, seq_len: int, documents: int = 1,
+            packs: int = 1, dtype: str = "bf16", remat_: bool = False, moments: Any = "fp32", kind: str = "meta",
             limit: float = math.inf, shares: Sequence[Sequence[float]] | None = None, strategy: Any = None,
             batch: Batch | None = None, rank: int = 0, overlap_: bool = False, experts_on: str = "ep") -> Measured:
     """One training step of rank 0 on the mesh `sizes`, as the recipes write it, with nothing computed.
@@ -185,8 +186,8 @@ def measure(model: ModuleType, cfg: Any, sizes: dict[str, int], *, seq_len: int,
     if packs % micro_packs:
         raise ValueError(f"--packs {packs}: --overlap takes two at a time; give an even number")
     train_step, tx, watch = training_step(model, cfg, moments, ledger, micro_packs)
-    if strategy is None and hasattr(cfg, "router"):
-        strategy = Balanced(cfg.router, shares, remat_, micro_packs)
+    if strategy is None and (router := getattr(cfg, "router", None)) is not None:
+        strategy = Balanced(router, shares, remat_, micro_packs)
     chosen = transforms(cfg, dtype, remat_, strategy, rank=rank, overlap_=overlap_, experts_on=experts_on)
     with ranks(sizes, kind) as mesh:
         step = xtf.shard(train_step, *chosen, mesh=mesh, specs=model.specs(cfg))

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from xtf import cli, device, hf, peft, tree
 from xtf.checkpoint import Checkpoints, Exporter, steps
+from xtf.nn import ModelConfig
 from xtf.parallel import Overflow, settle
 from xtf.parallel._mesh import describe
 from xtf.parallel.peers import Peers
@@ -117,7 +118,7 @@ class Run:
             self.stop.restore()
             self.held.__exit__(kind, error, trace)
 
-    def begin(self, state: TrainState, loader: Any, model: Any, cfg: Any, held_out: Any = None) -> TrainState:
+    def begin(self, state: TrainState, loader: Any, model: Any, cfg: ModelConfig, held_out: Any = None) -> TrainState:
         """The newest whole checkpoint's state, in the memory of `state`, where --resume finds one; else `state` itself.
 
         `loader` is set to the step after it, metrics.jsonl cut back to it, and run.json says what begins here. The loss

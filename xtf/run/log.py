@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.distributed.device_mesh import DeviceMesh
 
 from xtf import device, tree
+from xtf.nn import ModelConfig
 from xtf.parallel import is_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -39,7 +40,7 @@ class Log:
     `specs` being those of the step, as its transforms left them.
     """
 
-    def __init__(self, flags: Any, model: Any, cfg: Any, specs: tree.Tree, mesh: DeviceMesh | None = None,
+    def __init__(self, flags: Any, model: Any, cfg: ModelConfig, specs: tree.Tree, mesh: DeviceMesh | None = None,
                  first: int = 0):
         self.flags, self.out, self.main = flags, Path(flags.out), is_main()
         self.flops = lambda lengths: model.flops(cfg, lengths, specs)

@@ -26,7 +26,7 @@ from xtf.parallel._ulysses import ulysses
 from xtf.spec import init
 from xtf.state import TrainState
 from xtf.testing._pool import pool
-from xtf.transform import Env, Transform
+from xtf.transform import Env, Stage, Transform
 from xtf.transforms import jit, overlap, remat
 
 
@@ -182,7 +182,7 @@ def spy(seen: list) -> Transform:
             seen[:] = [copies]
             return out
         return replace(ops, collect=collect)
-    return Transform("spy", 99, wrap)                    # after all others
+    return Transform("xtf.testing.spy", Stage.LAST, wrap)
 
 
 # making groups takes longer than an example
