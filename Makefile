@@ -31,7 +31,8 @@ WORKERS ?= 2
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-test-slow: env
+# some train the model of the demo
+test-slow: .venv/demo.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow --timeout 3600
 
 # The public build of torch for CUDA knows every CUDA operator without a GPU: 2.11.0, the oldest release that we take.
