@@ -137,7 +137,8 @@ def theirs(path: Path, family: str, documents: list[Tensor], dtype: torch.dtype,
     from transformers.core_model_loading import revert_weight_conversion
     attention = "eager" if family == "gpt_oss" else "sdpa"                   # which knows no sinks
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention,
-                                                      experts_implementation="eager").to(device.device())
+                                                      experts_implementation="eager")
+    model.to(device.device())
     logits, total = [], torch.zeros((), dtype=dtype, device=device.device())
     for ids_T in documents:
         with torch.autocast(device.device().type, torch.bfloat16, enabled=autocast):
@@ -153,7 +154,7 @@ def farthest(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     if got.keys() != want.keys():
         raise ValueError(f"gradients of {sorted(got.keys() ^ want.keys())} are on one side only")
     grads = [(got[name].double(), g.double()) for name, g in want.items() if name not in ("logits", "loss")]
-    average = (sum(g.square().sum() for _, g in grads) / sum(g.numel() for _, g in grads)).sqrt()
+    average = torch.cat([g.flatten() for _, g in grads]).square().mean().sqrt()
     off = torch.stack([(a - g).norm() / torch.maximum(g.norm(), 0.01 * average * g.numel() ** 0.5) for a, g in grads])
     return off.nan_to_num(torch.inf, torch.inf).max().item()
 

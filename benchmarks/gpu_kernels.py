@@ -165,8 +165,8 @@ def cross_entropy(dtype: torch.dtype, z_loss: float, rehearse: bool) -> dict:
     inputs, labels_T = _head(dtype, rehearse)
     weights_T = torch.rand(len(labels_T), device=labels_T.device)
     weights_T *= torch.rand_like(weights_T) > 1 / 3
-    calls = (partial(_loss, fn, labels_T, weights_T, z_loss) for fn in (linear_cross_entropy, reference))
-    return compared(*calls, BOUND[dtype], **inputs)
+    fast, plain = (partial(_loss, fn, labels_T, weights_T, z_loss) for fn in (linear_cross_entropy, reference))
+    return compared(fast, plain, BOUND[dtype], **inputs)
 
 
 def _loss(fn: Callable, labels: Tensor, weights: Tensor, z_loss: float, x: Tensor, weight: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ def _loss(fn: Callable, labels: Tensor, weights: Tensor, z_loss: float, x: Tenso
 
 def logprobs(dtype: torch.dtype, rehearse: bool) -> dict:
     inputs, labels_T = _head(dtype, rehearse)
-    calls = (partial(_logprobs, fn, labels_T) for fn in (token_logprobs, reference_logprobs))
-    return compared(*calls, BOUND[dtype], **inputs)
+    fast, plain = (partial(_logprobs, fn, labels_T) for fn in (token_logprobs, reference_logprobs))
+    return compared(fast, plain, BOUND[dtype], **inputs)
 
 
 def _logprobs(fn: Callable, labels: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ def three_steps(rehearse: bool) -> dict:
     del params["narrow"]                                             # its own steps are smaller than its rounding
     tx = adamw(schedule, B1, B2, EPS, DECAY)
     state, first = tx.init(params), tree.tree_map(lambda p: p.detach().double(), params)
-    want, m, v = dict(first), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    want, m, v = (dict(tree.tree_map(fn, first)) for fn in (torch.clone, torch.zeros_like, torch.zeros_like))
     for t in range(3):
         grads = tree.tree_map(torch.randn_like, params)
         lr = schedule(torch.tensor(t)).item()

@@ -106,11 +106,11 @@ def train(case: Case, shape: Sizes, packs: int, seq_len: int, rehearse: bool, tr
 def as_it_was() -> Iterator[None]:
     """transformers' Qwen3 as it was before Liger replaced functions and classes of it."""
     from transformers.models.qwen3 import modeling_qwen3 as module
-    names, forward = dict(vars(module)), module.Qwen3ForCausalLM.forward
+    names, forward = dict(module.__dict__), module.Qwen3ForCausalLM.forward
     try:
         yield
     finally:
-        vars(module).update(names)
+        module.__dict__.update(names)
         module.Qwen3ForCausalLM.forward = forward
 
 
