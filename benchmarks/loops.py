@@ -17,7 +17,7 @@ from xtf.data.batch import Batch, Sample, pack_rows, room
 from xtf.models import qwen3, qwen3_moe
 from xtf.optim import adamw, chain, clip_by_global_norm
 from xtf.parallel import fsdp
-from xtf.transforms import bf16, jit
+from xtf.transforms import bf16, jit, remat
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -41,12 +41,13 @@ class Shape(NamedTuple):
     kv_heads: int = 4
     head_dim: int = 64
     vocab: int = 24576
+    tied: bool = True
 
     def config(self) -> dict:
         """As config.json has it."""
         return {"vocab_size": self.vocab, "hidden_size": self.hidden, "intermediate_size": self.intermediate,
                 "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True}
+                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": self.tied}
 
 
 class Mixture(NamedTuple):
@@ -61,12 +62,13 @@ class Mixture(NamedTuple):
     kv_heads: int = 4
     head_dim: int = 64
     vocab: int = 24576
+    tied: bool = True
 
     def config(self) -> dict:
         """As config.json has it."""
         return {"vocab_size": self.vocab, "hidden_size": self.hidden, "moe_intermediate_size": self.width,
                 "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": True,
+                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "tie_word_embeddings": self.tied,
                 "num_experts": self.experts, "num_experts_per_tok": self.top_k, "norm_topk_prob": True}
 
 
@@ -85,6 +87,7 @@ class Case(NamedTuple):
     logits at once), chunked (chunks, checkpointed). `compile`: none, layers, model.
     `experts`: its experts_implementation. For ours alone, `routes`: even (the experts in turns), few (all tokens to the
     same top_k experts), one (all to one expert, top_k times), or what the router chooses.
+    `remat`: blocks are computed again in backward. `liger`: transformers' model with Liger's kernels in it.
     """
     who: str = "xtf"
     dtype: str = "fp32"
@@ -95,10 +98,13 @@ class Case(NamedTuple):
     keep_pages: bool = False
     experts: str = ""
     routes: str = ""
+    remat: bool = False
+    liger: bool = False
 
     @property
     def name(self) -> str:
         how = [f"compile {self.compile}"] * (self.compile != "none") + ["our allocator setting"] * self.keep_pages
+        how = ["remat"] * self.remat + ["Liger"] * self.liger + how
         if self.who == "xtf":
             return ", ".join(["xtf", *[f"routes {self.routes}"] * bool(self.routes), *how])
         return ", ".join([self.who, self.layout, self.attention, f"{self.loss} loss",
@@ -147,8 +153,23 @@ def specs(shape: Sizes, dtype: torch.dtype = torch.float32) -> tree.Tree:
 
 
 def weights(shape: Sizes, case: Case) -> tree.Tree:
-    return tree.tree_map(lambda x: x.detach().to(device.device()).requires_grad_(),
-                         xtf.init(specs(shape, case.weights)))
+    """The same for every case."""
+    return weights_of(specs(shape, case.weights))
+
+
+def weights_of(specs: tree.Tree) -> tree.Tree:
+    """Initial values; on an accelerator drawn there, since a CPU's generator takes minutes for billions of them."""
+    where = device.device()
+    if where.type == "cpu":
+        return xtf.init(specs)
+    generator = torch.Generator(where).manual_seed(0)
+
+    def leaf(p: spec.Param) -> torch.Tensor:
+        if isinstance(p.init, spec.Normal):
+            made = torch.empty(p.shape, dtype=p.dtype, device=where)
+            return made.normal_(p.init.mean, p.init.std, generator=generator).requires_grad_(p.trainable)
+        return p.init(p.shape, torch.Generator()).to(where, p.dtype).requires_grad_(p.trainable)
+    return tree.tree_map(leaf, specs)
 
 
 def make(case: Case, shape: Sizes) -> Step:
@@ -172,7 +193,8 @@ def ours(case: Case, shape: Sizes) -> Step:
         updates, opt = tx.update(grads, state.opt, state.params, ops)
         return state.apply(updates, opt), {"loss": loss}
 
-    transforms = [jit(compile=case.compile != "none"), fsdp("dp"), *[bf16()] * (case.dtype == "masters")]
+    transforms = [jit(compile=case.compile != "none"), fsdp("dp"), *[bf16()] * (case.dtype == "masters"),
+                  *[remat()] * case.remat]
     step = xtf.shard(train_step, *transforms, specs=specs(shape, case.weights))
     params = weights(shape, case)
     state = xtf.TrainState.create(params, tx.init(params))
@@ -194,6 +216,11 @@ def routes(case: Case, shape: Mixture, batch: Batch) -> list[torch.Tensor]:
 
 def theirs(case: Case, shape: Sizes) -> Step:
     model = hf_model(case, shape).train()
+    if case.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen3  # pyright: ignore[reportMissingImports]
+        apply_liger_kernel_to_qwen3(model=model)
+    if case.remat:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     forward = torch.compile(model, dynamic=False) if case.compile == "model" else model
     for layer in model.model.layers if case.compile == "layers" else ():
         layer.compile(dynamic=False)
