@@ -138,6 +138,22 @@ def test_a_block_that_returns_no_pair_raises():
         xtf.LOCAL.scan(lambda p, x: x, [{}], torch.ones(1))
 
 
+@pytest.mark.parametrize("transforms", [(), (xtf.transforms.bf16(), xtf.parallel.fsdp("dp"))], ids=["plain", "fsdp"])
+@pytest.mark.parametrize("entries", [[1], [1, 2, 3]], ids=len)
+def test_scan_wants_an_entry_a_layer(transforms, entries):
+    block = lambda w, x, xs: (x * w["weight"].sum() * xs, None)
+    specs = [{"weight": xtf.Param((2, 2), torch.float32, ("a", "b"))} for _ in range(2)]
+    run = xtf.shard(lambda params, batch, ops: ops.scan(block, params, batch, xs=entries)[0], *transforms, specs=specs)
+    with pytest.raises(ValueError, match=f"2 layers and {len(entries)} entries of xs"):
+        run(xtf.init(run.specs), torch.ones(1))
+
+
+def test_a_transform_that_asks_for_a_group_on_one_process_is_told():
+    wants = xtf.Transform("wants", 55, lambda ops, env: (env.group("dp"), ops)[1])
+    with pytest.raises(ValueError, match="one process has no process groups"):
+        xtf.shard(lambda params, batch, ops: batch, wants, specs={})
+
+
 def test_scan_carries_xs_in_and_ys_out():
     x, ys = xtf.LOCAL.scan(lambda p, x, s, xs: (x + p["b"] * xs * s, x), [{"b": 1.0}, {"b": 2.0}], torch.zeros(1), 10.0,
                            xs=[1, 3])

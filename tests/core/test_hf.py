@@ -404,7 +404,8 @@ def test_indexes_that_are_wrong(tmp_path):
     fails(ValueError, r"x \(in model-00002.*, not in the index\)")
     save_file({"b": torch.ones(2), "a": torch.ones(2)}, two)
     fails(ValueError, "tensor a is in two shards, model-00001.* and model-00002")
-    for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+    twice = f'{{"weight_map": {{"a": "{one.name}", "a": "{two.name}", "b": "{two.name}"}}}}'
+    for text in ("{", "[]", "{}", '{"weight_map": 3}', twice, "[" * 100_000):
         index.write_text(text)
         with pytest.raises(ValueError, match="not an index of safetensors"):
             hf.tensors(path)

@@ -165,7 +165,8 @@ def test_from_hf(tmp_path):
         models.from_hf(tmp_path)
     file = tmp_path / "config.json"
     for text, message in [
-        ("{", "config.json: not JSON"), ("[]", "model_type None"),
+        ("{", "config.json: not JSON"), ("[" * 100_000, "config.json: not JSON"), ("[]", "model_type None"),
+        ('{"model_type": ["qwen3"]}', r"model_type \['qwen3'\] is not supported"),
         ('{"model_type": "gpt2"}', "model_type 'gpt2'.*llama, qwen2, qwen3"),
         ('{"model_type": "llama", "zzz": 1}', "config.json: llama config: unknown field zzz"),
     ]:
