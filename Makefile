@@ -7,8 +7,8 @@ BIN := .venv/bin
 
 env: .venv/env.stamp
 
-# torch first and by itself: an index that offers a CPU build of this release gives it, where `torch>=2.11` could resolve
-# to another.
+# torch first and by itself: an index that offers a CPU build of this release gives it, where `torch>=2.11` could
+# resolve to another.
 .venv/env.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
