@@ -35,10 +35,9 @@ class Stage(IntEnum):
 
     Choose by what yours does. PRECISION, 0: what leaves compute in. STORAGE, 10: where they are kept (fsdp). SEQUENCE,
     20: positions (ulysses). EXPERTS, 25: tokens to experts (ep). WEIGHTS, 30: what a product is (lora). REMAT, 40: what
-    is kept for backward. JIT, 50: what is compiled. OVERLAP, 60: what runs in turns. LAST: what
-    looks at all that the others made, as `xtf.testing` does. Any whole number between two of
-    them is a stage too: 5 freezes leaves before they are stored, 15 splits products, inside of lora; 55 sees blocks as
-    they are after jit.
+    is kept for backward. JIT, 50: what is compiled. OVERLAP, 60: what runs in turns. LAST: what looks at
+    all that the others made, as `xtf.testing` does. Any whole number between two of them is a stage too: 5 freezes
+    leaves before they are stored, 15 splits products, inside of lora; 55 sees blocks as they are after jit.
 
     >>> Transform("freeze", 5).stage < Stage.STORAGE < Stage.SEQUENCE
     True

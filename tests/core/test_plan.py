@@ -105,7 +105,7 @@ def really(hf: dict, sizes: dict, seq_len: int, packs: int, dtype: str, remat: b
 
 
 @pytest.mark.parametrize("hf, sizes, packs, dtype, remat", [
-    pytest.param(DENSE, {"dp": 2, "sp": 2}, 1, "fp32", False, marks=pytest.mark.slow),
+    (DENSE, {"dp": 2, "sp": 2}, 1, "fp32", False),
     (DENSE, {"dp": 2}, 2, "bf16", True),
     (EXPERTS, {"dp": 2, "ep": 2}, 1, "fp32", False),
     pytest.param(DENSE, {"replicate": 2, "dp": 2}, 2, "fp32", True, marks=pytest.mark.slow),

@@ -73,7 +73,8 @@ def one_of_many_died():
 
 
 @pytest.mark.parametrize("fault, said", [
-    (dropped_input, r"all_to_all over 2 ranks, started in dropped_input \(test_late.py:\d+\): its input int64 .* died"),
+    (dropped_input,
+     r"all_to_all over 2 ranks, started in dropped_input \(test_late.py:\d+\): its input int64 \[2\] died"),
     (overwritten_input, r"started in overwritten_input .*input float32 \[4\] was overwritten before it was sent"),
     (output_in_use, r"started in output_in_use .*its output float32 \[2\] was written to before it arrived"),
     (one_of_many_died, r"all_gather .*its input float32 \[2\] died.*its input float32 \[3\] died"),
@@ -143,7 +144,8 @@ def experts(layout, fault=None):
 
 @pytest.mark.parametrize("run, layout, fault, said", [
     (dense, Layout((("dp", 2),), ("dp",)), forgets_parts, r"all_gather .*input float64 .*died before it was sent"),
-    (dense, Layout((("dp", 2),), ("dp",)), reuses_the_buffer, r"reduce_scatter .*input float64.*overwritten before"),
+    (dense, Layout((("dp", 2),), ("dp",)), reuses_the_buffer,
+     r"reduce_scatter .*input float64.*overwritten before it was"),
     (experts, Layout((("ep", 2),), experts="ep"), forgets_counts, r"all_to_all .*_ep.py.*input int64 .*died before"),
 ])
 def test_a_mistake_in_a_step_is_named(run, layout, fault, said):

@@ -57,7 +57,7 @@ LAW = {"deadline": None, "derandomize": True, "database": None, "report_multiple
 
 @pytest.mark.timeout(1200)
 def test_any_layout_is_the_same_function():
-    settings(max_examples=40, **LAW)(drawn(4))()
+    settings(max_examples=60, **LAW)(drawn(4))()
 
 
 @pytest.mark.slow
